@@ -78,6 +78,11 @@ def saved(make):
         return path.read_bytes()
 
 
+def exported_tflite(layer):
+    with tempfile.TemporaryDirectory() as folder:
+        return quant.export(layer, pathlib.Path(folder) / "a.tflite", sequence_length=4).read_bytes()
+
+
 def torch_state():
     return {"in_proj_weight": numbers(3 * E, E), "in_proj_bias": numbers(3 * E), "out_proj.weight": numbers(E, E),
             "out_proj.bias": numbers(E)}
@@ -370,6 +375,8 @@ READERS = {
                                    safetensors_parts),
     "load a static layer": Reader(".safetensors", edgeattn.load, lambda: saved(static_layer), safetensors_parts),
     "load a tflite": Reader(".tflite", edgeattn.load, lambda: write_tflite(static_layer(), sequence_length=4)),
+    "load a float tflite": Reader(".tflite", edgeattn.load, lambda: exported_tflite(float_layer())),
+    "load a hybrid tflite": Reader(".tflite", edgeattn.load, lambda: exported_tflite(quant.quantize(float_layer(), scheme="dynamic"))),
     "inspect a tflite": Reader(".tflite", inspect, lambda: write_tflite(static_layer(), sequence_length=4)),
     "inspect a layer": Reader(".safetensors", inspect, lambda: saved(static_layer), safetensors_parts),
     "torch safetensors": Reader(".safetensors", lambda path: MHA.from_torch(path, H), lambda: safetensors.numpy.save(torch_state()),

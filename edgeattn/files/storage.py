@@ -82,7 +82,9 @@ def content_of(layer: Any) -> bytes:
 def load(
     path: Path, *, arithmetic: Arithmetic | None = None, block: str | SupportsIndex | None = None
 ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
-    """Read a layer that `save` wrote, or an int8 attention graph from a .tflite file.
+    """Read a layer that `save` wrote, or attention from a .tflite file: static int8, or float32.
+
+    int8 weights of a hybrid .tflite file become the float32 that they stand for, with a warning.
 
     int8 weights and embeddings of a .safetensors file are not copied: they are the file, mapped into memory, which must
     not be written to while the layer lives. `save` replaces a file, which is no harm.

@@ -1,4 +1,4 @@
-"""Static int8 attention read from a .tflite file, ours or another converter's.
+"""Attention read from a .tflite file, ours or another converter's: static int8 here, float32 in `tflite_float`.
 
 A file is accepted when its operators, all of them, are one attention block that the layer reproduces exactly.
 The shapes between the projections and the products are not matched against a list of known forms: where RESHAPE,
@@ -15,8 +15,11 @@ import warnings
 import numpy as np
 
 from edgeattn.files.tflite_file import parse, read_bytes
+from edgeattn.files.tflite_float import float_attention
 from edgeattn.files.tflite_graph import LONGEST_CHAIN
 from edgeattn.files.tflite_scores import CheckedScores
+from edgeattn.hints import FRAMES
+from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
     INPUTS,
     PROBABILITIES,
@@ -34,7 +37,8 @@ _FEW_ELEMENTS = 2**22
 _TOLD = 20  # blocks in an error
 
 
-def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> StaticMultiHeadAttention:
+def read_tflite(path_or_bytes, *, arithmetic: str | None = None, block=None
+                ) -> StaticMultiHeadAttention | MultiHeadAttention:
     """The attention layer in a .tflite file.
 
     Read are blocks of int8: FULLY_CONNECTED projections with per-channel weights, apart or packed and cut by SLICE or
@@ -44,18 +48,21 @@ def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> Sta
     already or by adj_y. Queries and keys may be multiplied by a constant of one number before their product. Of values
     such a MUL becomes a part of their projection, which rounds once where the file rounds twice: a warning says so.
 
+    Attention in float32 is found as `MultiHeadAttention.from_onnx` finds it; int8 weights become float32.
+
     Parameters
     ----------
     path_or_bytes : str, os.PathLike or bytes
-    arithmetic : str
-        The kernel set to compute as, see ``edgeattn.arithmetic.KERNEL_SETS``; a file does not name one.
+    arithmetic : str, optional
+        The kernel set to compute int8 as, see ``edgeattn.arithmetic.KERNEL_SETS``; a file does not name one. Unless
+        given "litert".
     block : int or str, optional
         Of a model with more than attention, or with several blocks: the number of one, in the order of the graph, or
         the name of the tensor that its SOFTMAX gives. Unless given the file must be one block and nothing else.
 
     Returns
     -------
-    StaticMultiHeadAttention
+    StaticMultiHeadAttention, or MultiHeadAttention of a file whose attention is float32
         It takes any batch and length unless a mask in the file has its own. A query that the file's mask
         leaves no key gets what the file gives it.
 
@@ -64,16 +71,29 @@ def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> Sta
     OSError
         When the file cannot be read.
     ValueError
-        When the file is damaged, not quantized to int8, or anything else than one attention block: the
+        When the file is damaged, neither int8 nor float32, or anything else than one attention block: the
         message names the file, what was expected and what was found.
     """
     data, name = read_bytes(path_or_bytes)
     most = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * len(data)))
     matcher = _Matcher(parse(data, name), name, most)
-    layer = matcher.layer(arithmetic, block)
+    layer = _float_layer(matcher, arithmetic, block) if matcher.is_float() else (
+        matcher.layer(arithmetic or "litert", block))
     for told in matcher.told:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, stacklevel=3 + FRAMES)
     return layer
+
+
+def _float_layer(matcher, arithmetic, block) -> MultiHeadAttention:
+    """The layer of a graph whose attention is float32."""
+    if arithmetic is not None:
+        raise matcher.error(f"arithmetic={arithmetic!r} applies to int8 layers; its attention is float32")
+    softmax = matcher.chosen(block)
+    heads, kv_heads, arguments, matcher.told = float_attention(matcher, softmax, alone=block is None)
+    try:
+        return MultiHeadAttention.from_found(heads, kv_heads, arguments)
+    except (TypeError, ValueError) as error:
+        raise matcher.error(str(error)) from None
 
 
 def blocks_of(path_or_bytes) -> list[str]:
@@ -94,6 +114,13 @@ class _Matcher(CheckedScores):
         found = [number for number, operator in enumerate(self.graph.operators) if operator.name == "SOFTMAX"]
         return [number for number in found if self.weighs(self.graph.operators[number])] or found
 
+    def is_float(self) -> bool:
+        """Whether all its attention is float32."""
+        return bool(blocks := self.blocks()) and all(
+            len(operator.inputs) == 1 and operator.inputs[0] >= 0
+            and self.tensor(operator.inputs[0]).dtype == np.float32
+            for operator in (self.graph.operators[number] for number in blocks))
+
     def weighs(self, operator: Operator) -> bool:
         """Whether what an operator gives goes into a BATCH_MATMUL, through RESHAPE or not."""
         for _ in range(LONGEST_CHAIN):
@@ -107,7 +134,8 @@ class _Matcher(CheckedScores):
             operator = readers[0]
         return False
 
-    def softmax(self, block=None) -> Operator:
+    def chosen(self, block=None) -> Operator:
+        """The SOFTMAX of the block that is asked for."""
         found = self.blocks()
         names = [self.tensor(self.graph.operators[number].outputs[0]).name for number in found
                  if self.graph.operators[number].outputs]
@@ -130,18 +158,12 @@ class _Matcher(CheckedScores):
         self.alone = block is None
         softmax = self.graph.operators[found[0]]
         self.used.add(found[0])
-        (scores,) = self.operands(softmax, (1,))
-        if self.tensor(scores).dtype == np.float32:
-            hybrid = any(operator.name == "FULLY_CONNECTED" and len(operator.inputs) > 1 and operator.inputs[1] >= 0
-                         and self.tensor(operator.inputs[1]).dtype == np.int8 for operator in self.graph.operators)
-            raise self.error(
-                "is a hybrid model, int8 weights and float32 attention: expected int8 attention; a runtime quantizes "
-                "its rows by rules of its own. Read the model that it was made of (edgeattn.from_pretrained, "
-                "MultiHeadAttention.from_torch, from_onnx) and quantize that with quant.quantize(layer, "
-                "scheme='dynamic'), or convert with full integer quantization" if hybrid else
-                "is a float model: expected int8 attention; found a float32 SOFTMAX (quantize the float layer with "
-                "quant.quantize, or convert with full integer quantization)"
-            )
+        return softmax
+
+    def softmax(self, block=None) -> Operator:
+        """As `chosen`, of int8."""
+        softmax = self.chosen(block)
+        self.operands(softmax, (1,))
         if softmax.options["beta"] != 1:
             raise self.error(f"expected SOFTMAX with beta 1; found {softmax.options['beta']}")
         probabilities = self.quantization(softmax.outputs[0], "the probabilities")

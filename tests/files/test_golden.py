@@ -87,9 +87,14 @@ def test_a_block_of_a_model_is_read_alone():
     assert "block 1" in shown
 
 
-def test_a_hybrid_file_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"torch_hybrid.tflite: is a hybrid model, .* quant.quantize\(layer, scheme='dynamic'\)"):
-        edgeattn.load(FOLDER / "torch_hybrid.tflite")
+def test_a_hybrid_file_is_the_float_layer_of_its_weights():
+    with pytest.warns(UserWarning, match=r"torch_hybrid.tflite has int8 weights, .* quant.quantize\(layer, scheme='dynamic'\)"):
+        layer = edgeattn.load(FOLDER / "torch_hybrid.tflite")
+    assert type(layer) is edgeattn.MultiHeadAttention
+    session = RUNTIMES["litert"].session(FOLDER / "torch_hybrid.tflite")
+    x = np.random.default_rng(0).standard_normal((1, 6, 16), np.float32)
+    want = session.run(x)[0]
+    np.testing.assert_allclose(layer(x).reshape(want.shape), want, rtol=0, atol=0.03 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("arithmetic", ["litert", "litert-reference"])

@@ -369,14 +369,14 @@ def test_other_graphs_are_refused(rng, case):
         read_tflite(serialize(graph))
 
 
-def test_a_float_model_is_refused_as_such(tmp_path):
+def test_a_float_softmax_alone_is_no_attention(tmp_path):
     graph = Graph()
     graph.inputs = [graph.activation("x", (2, 3), np.float32)]
     graph.outputs = [graph.activation("y", (2, 3), np.float32)]
     graph.operator("SOFTMAX", graph.inputs, graph.outputs[0], {"beta": 1.0})
     path = tmp_path / "float.tflite"
     path.write_bytes(serialize(graph))
-    with pytest.raises(ValueError, match=r"float\.tflite: is a float model: expected int8 attention"):
+    with pytest.raises(ValueError, match=r"float\.tflite: the scores of Softmax node 'y' must be a product"):
         read_tflite(path)
 
 

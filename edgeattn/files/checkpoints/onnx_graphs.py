@@ -95,7 +95,7 @@ def onnx_weights(
     def read(*sizes):
         graph = graphs(*sizes)
         found = attention_at(graph, choose(graph, node))
-        return found, [*found.told, *_apart(graph, found)]
+        return found, [*found.told, *apart(graph, found)]
 
     found, told = read_graph(graphs, read)
     for text in told:
@@ -103,7 +103,7 @@ def onnx_weights(
     return found.heads, found.kv_heads, found.arguments
 
 
-def _apart(graph, found):
+def apart(graph, found):
     """What is to be known of a layer whose inputs are not one, or whose result goes on otherwise than through a map."""
     sources = [root_of(graph, source) for source in found.sources]
     if len(set(sources)) > 1 and not set(sources) <= set(graph.inputs):
