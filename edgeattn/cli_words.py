@@ -9,10 +9,10 @@ _ADVICE = (
     (r"choose one by block=, its number or name", "`quant inspect` shows each, edgeattn.load with block= reads one"),
     (r"Read the model that it was made of \([^)]*\) and quantize that with quant\.quantize\(layer, "
      r"scheme='dynamic'\)", "Quantize the model that it was made of with `quant quantize --scheme dynamic`"),
-    (r"read checkpoints of other libraries with MultiHeadAttention\.from_torch or from_bert, a whole model from its "
-     r"folder with edgeattn\.from_pretrained",
-     "`quant export` with --prefix or --torch-prefix makes a layer of a checkpoint; a whole model is read by its "
-     "folder"),
+    (r"read checkpoints of other libraries with MultiHeadAttention\.from_torch or from_bert, an encoder with "
+     r"TransformerEncoder\.from_torch, a whole model from its folder with edgeattn\.from_pretrained",
+     "`quant export` with --prefix or --torch-prefix makes a layer of a checkpoint, with --torch-encoder an encoder; a "
+     "whole model is read by its folder"),
     (r"; edgeattn\.from_pretrained reads a model's folder|; edgeattn\.bundle\.load runs a bundle", ""),
     (r"cut the text, or give the TextEncoder a max_length", "shorter ones fit"),
     (r"as quant\.calibrate gives and \w+\.save writes it", "as `quant calibrate` writes it"),

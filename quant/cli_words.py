@@ -8,10 +8,10 @@ from edgeattn.cli_words import in_words_of_the_command as of_both
 
 # What errors advise in terms of Python, and what does the same here.
 ADVICE = {
-    "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert, a whole model from its "
-    "folder with edgeattn.from_pretrained":
-        "read checkpoints of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by "
-        "its folder",
+    "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert, an encoder with "
+    "TransformerEncoder.from_torch, a whole model from its folder with edgeattn.from_pretrained":
+        "read checkpoints of other libraries with --prefix or --torch-prefix, an encoder with --torch-encoder, and "
+        "--num-heads; a whole model by its folder",
     "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)":
         "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path) in Python",
     "give quant.calibrate calls with attn_mask, key_padding_mask or is_causal, or pass the mask to each call of this "

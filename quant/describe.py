@@ -104,20 +104,12 @@ def arithmetic_of_tflite(arithmetic: str | None) -> str:
 
 def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
     graph = parse(*read_bytes(path))
-    int8 = any(graph.tensors[number].dtype == np.int8 for number in (*graph.inputs, *graph.outputs))
-    if arithmetic is not None and not int8:
-        raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a float graph")
     for role, numbers in (("input", graph.inputs), ("output", graph.outputs)):
         for number in numbers:
             tensor = graph.tensors[number]
             yield f"{role} {tensor.name!r}: {tensor.dtype} {tuple(int(size) for size in tensor.shape)}"
     yield fill(f"operators: {', '.join(operator.name for operator in graph.operators)}")
-    if not int8:
-        yield fill("not int8: edgeattn cannot load it; quantize the float layer that it was made of (`quant "
-                   "calibrate`, `quant quantize`) and export that, or run this file in a TFLite runtime")
-        return
-    several = sum(operator.name == "SOFTMAX" for operator in graph.operators) > 1
-    names = blocks_of(path) if several else []
+    names = blocks_of(path)
     for number in range(len(names)) if len(names) > 1 else (None,):
         if number is not None:
             yield fill(f"block {number}, {names[number]!r}: edgeattn.load(path, block={number})")
@@ -126,11 +118,17 @@ def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
                 warnings.simplefilter("always")
                 layer = edgeattn.load(path, arithmetic=arithmetic, block=number)
         except ValueError as error:
+            if arithmetic is not None and "applies to int8 layers" in str(error):
+                raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a float graph"
+                                 ) from None
             yield fill(f"not a layer that edgeattn can load: {error}")
             continue
         for each in told:
             yield fill(str(each.message))
-        yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
+        if isinstance(layer, StaticMultiHeadAttention):
+            yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
+        else:
+            yield from _describe_float(layer)
 
 
 def _describe_model(model) -> Iterator:

@@ -88,6 +88,15 @@ def test_info_says_what_files_hold(command):
     assert "class StaticMultiHeadAttention, static int8, as litert computes" in parts[6]
 
 
+def test_inspect_lists_the_attention_of_an_exported_encoder(command):
+    encoder = edgeattn.load("e.safetensors")
+    static = quant.quantize(encoder, quant.calibrate(encoder, [np.load("x.npy")]))
+    for made, kind in ((encoder, "MultiHeadAttention, float32"), (static, "StaticMultiHeadAttention, int8")):
+        quant.export(made, "e.tflite", sequence_length=9)
+        text = command("quant inspect e.tflite")
+        assert text.count(kind) == 2 and "block 1, 'layers.1.attention.probabilities': edgeattn.load(path, block=1)" in text
+
+
 def test_inspect_says_the_same(command):
     assert command(f"quant inspect {VIT}").startswith("class: ImageEncoder, float32\npixels: (B, 3, 12, 12)")
     assert command("quant inspect e.safetensors").startswith("class: TransformerEncoder, float32\nlayers: 2, ")

@@ -187,7 +187,8 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[st
     if _METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
-            "MultiHeadAttention.from_torch or from_bert, a whole model from its folder with edgeattn.from_pretrained"
+            "MultiHeadAttention.from_torch or from_bert, an encoder with TransformerEncoder.from_torch, a whole model "
+            "from its folder with edgeattn.from_pretrained"
         )
     try:
         header = json.loads(metadata[_METADATA_KEY])

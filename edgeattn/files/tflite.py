@@ -97,11 +97,11 @@ def _float_layer(matcher, arithmetic, block) -> MultiHeadAttention:
 
 
 def blocks_of(path_or_bytes) -> list[str]:
-    """The names of the tensors that the SOFTMAX of each attention block gives; of a float file none."""
+    """The names of the tensors that the SOFTMAX of each attention block gives."""
     data, name = read_bytes(path_or_bytes)
     matcher = _Matcher(parse(data, name), name, min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * len(data))))
     return [matcher.tensor(matcher.graph.operators[number].outputs[0]).name for number in matcher.blocks()
-            if matcher.tensor(matcher.graph.operators[number].outputs[0]).dtype == np.int8]
+            if matcher.graph.operators[number].outputs]
 
 
 class _Matcher(CheckedScores):
