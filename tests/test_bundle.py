@@ -543,7 +543,7 @@ import edgeattn, numpy as np
 try:
     edgeattn.Linear(np.ones((3, 3)))(np.ones((2, 3), np.float32))
 except RuntimeError as error:
-    assert "static-tflm.so lacks edgeattn_feed_forward_float32_linear_float32; set EDGEATTN_JIT=1" in str(error), error
+    assert "static-tflm.so lacks edgeattn_linear_float32_linear_float32; set EDGEATTN_JIT=1" in str(error), error
 else:
     raise SystemExit("computed")
 """, path, folder / "static-tflm.so"))

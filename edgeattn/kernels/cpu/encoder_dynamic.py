@@ -17,6 +17,7 @@ from .matmul import round_up
 from .norm import ADDRESSES
 from .projection_dynamic import join_depth
 from .records import blank, packed, place
+from .row_parts import FEW_ROWS
 from .simd import ADDS_FIRST, ROWS, VIRTUAL_LANES, WIDTH, own_products
 from .word_products import panel_of_words
 
@@ -146,7 +147,7 @@ class Linear(RowKernel):
         """See RowKernel."""
         p = self._for(rows=rows)
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
-        p.shared_size = size if rows <= ff.FEW_ROWS else 0
+        p.shared_size = size if rows <= FEW_ROWS else 0
         p.at_wide, size = place(size, panel_of_words(p.groups4))
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
@@ -191,7 +192,7 @@ class FeedForward(RowKernel):
         """See RowKernel."""
         p = self._for(rows=rows)
         some = min(rows, ff.BLOCK)
-        groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
+        groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= FEW_ROWS else 1
         codes = round_up(some, ROWS) * ff.GROUP // 4 * WORDS
         p.codes_step, p.scales_step = (codes, some) if groups > 1 else (0, 0)
         size = _rows_of(p, some, p.groups4, p.columns)
@@ -200,7 +201,7 @@ class FeedForward(RowKernel):
         p.at_code_minus, size = place(size, groups * some)
         p.at_code_own, size = place(size, groups * some)
         p.at_hidden_apart, size = place(size, some * ff.COLUMNS_APART)
-        p.shared_size = size if rows <= ff.FEW_ROWS else 0
+        p.shared_size = size if rows <= FEW_ROWS else 0
         p.at_wide, size = place(size, panel_of_words(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         p.at_hidden, size = place(size, some * ff.ROW)

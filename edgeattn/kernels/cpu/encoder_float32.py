@@ -7,6 +7,7 @@ from edgeattn.threads import work_of_reading
 from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .call import PreparedCall
+from .linear_float32 import LINEAR, linear_float32
 from .matmul import pack_panels, round_up
 from .norm import (
     ADDRESSES,
@@ -22,6 +23,7 @@ from .norm import (
 )
 from .packing import Packer
 from .records import blank, copy_of, packed
+from .row_parts import BLOCK, FEW_ROWS
 from .row_products import TALL
 from .simd import VIRTUAL_LANES
 
@@ -149,7 +151,7 @@ class Linear(RowKernel):
         up = round_up(outputs, VIRTUAL_LANES)
         at, weights = pack(w=pack_panels(padded(weight, up, inputs)), b=padded(bias, up),
                            at_norm=pack_norm(norm, outputs))
-        super().__init__(blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up, chain=chain,
+        super().__init__(blank(LINEAR, width=inputs, out_width=outputs, out_up=up, chain=chain,
                                activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
 
     def part(self, first, outputs):
@@ -173,9 +175,9 @@ class Linear(RowKernel):
     def prepare(self, rows):
         """See RowKernel."""
         p = self._for(rows=rows)
-        size = p.private_size = min(rows, ff.BLOCK) * p.out_up
+        size = p.private_size = min(rows, BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
-        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work)
+        return PreparedCall(linear_float32, packed(p, LINEAR), ADDRESSES, np.float32, 0, size, work)
 
 
 class FeedForward(RowKernel):
@@ -216,7 +218,7 @@ class FeedForward(RowKernel):
     def prepare(self, rows):
         """See RowKernel."""
         p = self._for(rows=rows)
-        few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
+        few, some = rows if rows <= FEW_ROWS else 0, min(rows, BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated
         p.at_once = p.hidden_up if rows <= TALL else ff.HIDDEN
         p.at_rows = 0

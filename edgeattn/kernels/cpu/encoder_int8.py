@@ -13,6 +13,7 @@ from .matmul import round_up
 from .norm import ADDRESSES, AT_ONCE, MEANS
 from .records import bits_of_real, blank, copy_of, packed, place
 from .requantize import NUMBERS, encode
+from .row_parts import BLOCK, FEW_ROWS
 from .simd import ADDS_FIRST, LANES, VIRTUAL_LANES, WIDTH, own_products
 from .word_products import panel_of_words, rows_of_words
 
@@ -127,7 +128,7 @@ class FeedForward(RowKernel):
     def prepare(self, rows, codes=False):
         """See RowKernel."""
         p = self._for(rows=rows, codes=codes)
-        some = min(rows, ff.BLOCK)
+        some = min(rows, BLOCK)
         up = round_up(some, READ_AHEAD)
         p.at_x, size = place(0, up * p.depth4)
         p.at_nan, size = place(size, some)
@@ -137,7 +138,7 @@ class FeedForward(RowKernel):
         deepest = max(p.depth4, p.hidden_up // 4)
         p.at_words, size = place(size, rows_of_words(some, deepest))
         p.at_own, size = place(size, some)
-        p.shared_size = size if rows <= ff.FEW_ROWS else 0
+        p.shared_size = size if rows <= FEW_ROWS else 0
         size = _place_rows(p, size)
         p.at_tiles, p.private_size = place(size, ff.WIDE + panel_of_words(deepest))
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.depth4 + p.out_up) // 3

@@ -22,15 +22,14 @@ from .dynamic_rows import (
     scale_rows,
     take_apart,
 )
-from .feed_forward_float32 import parts_of_rows, share_of
 from .norm import ADDRESSES, NO_NORM, finish_row
 from .records import located, named, record
+from .row_parts import FEW_ROWS, parts_of_rows, share_of
 from .simd import ADDS_FIRST, AS_WORDS, WIDTH, address_of
 
 GROUP = 256  # hidden features that share a scale
 ROW = GROUP + 16  # from row to row of them: a power of two would have all rows in a few sets of the cache
 BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass a feed-forward together
-FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 # Of weights: positions in elements of 32 bits. `w`: bytes, `c`: sums of an output channel's, and where ADDS_FIRST,
 # group by group, minus its own products behind them, `s`: scales, `b`: biases, `v`: (J, columns) of the features `j`
 # that are apart, whose number is `apart`; `low`: the channels, `lows` of them, that have a second one, behind the

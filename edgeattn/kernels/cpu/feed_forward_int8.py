@@ -17,7 +17,6 @@ from edgeattn.runtime.compiler import NamedTuple, inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .byte_products import DEPTH_STEP, TILES_SCRATCH, row_product
-from .feed_forward_float32 import FEW_ROWS, parts_of_rows, share_of
 from .finish_int8 import finish_bytes
 from .fused_int8 import pack_tokens
 from .int8_operands import BYTE_FLIP, FLIP, SIGN_BITS
@@ -27,6 +26,7 @@ from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_row, normalize_rows, read_
 from .quantize import dequantize_row, quantize_vectors
 from .records import located, named, real, record
 from .requantize import requantize
+from .row_parts import BLOCK, FEW_ROWS, parts_of_rows, share_of
 from .simd import (
     ADDS_FIRST,
     LANES,
@@ -51,7 +51,6 @@ from .simd import (
 from .views import Blocks
 from .word_products import Words, product_of_words, split_row
 
-BLOCK = 64  # rows that pass together
 WIDE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for the words of a panel
 FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features are a multiple of
 # Of weights: positions in elements of 32 bits, `w` of panels, `b` biases and, where ADDS_FIRST, minus the features' own

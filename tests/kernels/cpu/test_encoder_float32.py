@@ -5,7 +5,7 @@ import reference_encoder_int8 as reference
 from encoder_cases import ACTIVATIONS, CASES, make, numbers, run
 
 from edgeattn import LayerNorm, RMSNorm
-from edgeattn.kernels.cpu import encoder_float32, feed_forward_float32
+from edgeattn.kernels.cpu import encoder_float32, row_parts
 
 
 def plain(case, dtype):
@@ -47,7 +47,7 @@ def test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads(name, c
     (64, 64, 2, (32, 2)), (65, 64, 2, (33, 2)), (128, 64, 2, (64, 2)), (129, 64, 2, (33, 4)), (256, 64, 2, (64, 4)),
     (256, 64, 3, (43, 6)), (5, 64, 4, (2, 3)), (0, 64, 2, (1, 1)), (700, 64, 1, (64, 11))])
 def test_rows_are_shared_evenly(rows, block, count, wanted):
-    assert feed_forward_float32.parts_of_rows.py_func(rows, block, count) == wanted
+    assert row_parts.parts_of_rows.py_func(rows, block, count) == wanted
 
 
 def test_many_rows_are_the_rows_one_by_one(many_threads):
