@@ -1,6 +1,6 @@
 """Rows to bytes that are quantized at run time, and their products with int8 weights.
 
-What linear layers and feed-forwards do with them, GROUP hidden features at a time, is in feed_forward_dynamic.py.
+What is done with them is in linear_dynamic.py and, GROUP hidden features at a time, in feed_forward_dynamic.py.
 
     input      s = max|x| / 127 of a token, q = rint(x / s)
     hidden     of a token and GROUP features: lo = min(0, min h), hi = max(0, max h), s = (hi - lo) / 255,
@@ -62,6 +62,13 @@ from .word_products import Words, product_of_words, split_row
 
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
 WORDS = 2 if AS_WORDS else 1  # elements that four bytes of a row take in scratch
+BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass together
+# The records of kernels. Of weights: positions in elements of 32 bits. `w`: bytes, `c`: sums of an output channel's,
+# and where ADDS_FIRST, group by group, minus its own products behind them, `s`: scales, `b`: biases, `v`: (J, columns)
+# of the features `j` that are apart, whose number is `apart`; `low`: the channels, `lows` of them, that have a second
+# one, behind the others. `groups4`: groups of four bytes of an input row. `columns`: channels and second ones. Of
+# scratch: first what belongs to some rows together, among it ROWS_OF, then what a thread needs for itself.
+ROWS_OF = "at_bytes at_scale at_minus at_own at_apart at_sums"
 _ZERO = np.float32(0)
 _SIGN = np.int32(-2147483648)
 _EVEN_BYTES, _EIGHT = np.int32(0x00FF00FF), np.int32(8)

@@ -10,9 +10,11 @@ from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
 from .byte_products import pack_byte_panels
 from .call import PreparedCall
-from .dynamic_rows import DEPTH, WORDS
+from .dynamic import COLUMNS_APART
+from .dynamic_rows import BLOCK, DEPTH, WORDS
 from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import SMALLEST_WEIGHT, quantize_weight
+from .linear_dynamic import LINEAR, linear_dynamic
 from .matmul import round_up
 from .norm import ADDRESSES
 from .projection_dynamic import join_depth
@@ -21,7 +23,7 @@ from .row_parts import FEW_ROWS
 from .simd import ADDS_FIRST, ROWS, VIRTUAL_LANES, WIDTH, own_products
 from .word_products import panel_of_words
 
-MOST_OUTLIERS = ff.COLUMNS_APART
+MOST_OUTLIERS = COLUMNS_APART
 
 
 class QuantizedWeight(NamedTuple):
@@ -46,8 +48,8 @@ def quantize_linear(weight, *, columns=(), split=None):
         Outputs whose largest weight is more than `split` times the median of all are given two bytes a weight.
     """
     columns = np.sort(np.asarray(columns, np.int64))
-    if len(columns) > ff.COLUMNS_APART:
-        raise ValueError(f"columns must be at most {ff.COLUMNS_APART} inputs, got {len(columns)}")
+    if len(columns) > COLUMNS_APART:
+        raise ValueError(f"columns must be at most {COLUMNS_APART} inputs, got {len(columns)}")
     rest = weight.astype(np.float32)
     apart = rest[:, columns]
     rest[:, columns] = 0
@@ -122,7 +124,7 @@ def _rows_of(p, rows, groups4, columns):
     p.at_scale, size = place(size, rows)
     p.at_minus, size = place(size, rows)
     p.at_own, size = place(size, rows)
-    p.at_apart, size = place(size, rows * ff.COLUMNS_APART)
+    p.at_apart, size = place(size, rows * COLUMNS_APART)
     p.at_sums, size = place(size, rows * columns)
     return size
 
@@ -139,19 +141,19 @@ class Linear(RowKernel):
             j=weight.outlier_columns.astype(np.int32), low=weight.residual_outputs.astype(np.int32),
             at_norm=pack_norm(norm, channels.outputs))
         super().__init__(blank(
-            ff.LINEAR, width=inputs, out_width=channels.outputs, out_up=channels.up, columns=channels.columns,
+            LINEAR, width=inputs, out_width=channels.outputs, out_up=channels.up, columns=channels.columns,
             groups4=deep // 4, activation=ACTIVATIONS[activation], norm=norm_kind(norm),
             apart=len(weight.outlier_columns), lows=len(weight.residual_outputs), **at), weights)
 
     def prepare(self, rows):
         """See RowKernel."""
         p = self._for(rows=rows)
-        size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
+        size = _rows_of(p, min(rows, BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= FEW_ROWS else 0
         p.at_wide, size = place(size, panel_of_words(p.groups4))
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
-        return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
+        return PreparedCall(linear_dynamic, packed(p, LINEAR), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work)
 
 
@@ -191,7 +193,7 @@ class FeedForward(RowKernel):
     def prepare(self, rows):
         """See RowKernel."""
         p = self._for(rows=rows)
-        some = min(rows, ff.BLOCK)
+        some = min(rows, BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= FEW_ROWS else 1
         codes = round_up(some, ROWS) * ff.GROUP // 4 * WORDS
         p.codes_step, p.scales_step = (codes, some) if groups > 1 else (0, 0)
@@ -200,7 +202,7 @@ class FeedForward(RowKernel):
         p.at_code_scale, size = place(size, groups * some)
         p.at_code_minus, size = place(size, groups * some)
         p.at_code_own, size = place(size, groups * some)
-        p.at_hidden_apart, size = place(size, some * ff.COLUMNS_APART)
+        p.at_hidden_apart, size = place(size, some * COLUMNS_APART)
         p.shared_size = size if rows <= FEW_ROWS else 0
         p.at_wide, size = place(size, panel_of_words(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
