@@ -230,7 +230,7 @@ BUGS = [
     Bug("columns apart of a group are taken from its first", "dynamic_rows.py",
         "column = np.int64(m.weights[j + k]) - first", "column = np.int64(m.weights[j + k])",
         ENCODER_INT8 + "feed-forward, apart]"),
-    Bug("a second channel counts twice", "dynamic_rows.py",
+    Bug("a second channel counts twice", "dynamic_products.py",
         "m.f[at + channel] = m.f[at + channel] + m.f[at + out_up + k]",
         "m.f[at + channel] = m.f[at + channel] + m.f[at + out_up + k] + m.f[at + out_up + k]",
         ENCODER_INT8 + "feed-forward, apart]"),

@@ -9,19 +9,15 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, multiply_rows
 from .dynamic import COLUMNS_APART
+from .dynamic_products import Panels, Sums, add_second, product_rows, scale_rows
 from .dynamic_rows import (
     BLOCK,
     ROWS_OF,
     Codes,
-    Panels,
-    Sums,
-    add_second,
     codes_of_rows,
     memory_of,
-    product_rows,
     quantize_input,
     quantize_range,
-    scale_rows,
     take_apart,
 )
 from .norm import ADDRESSES, finish_row

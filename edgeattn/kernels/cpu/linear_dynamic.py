@@ -8,15 +8,12 @@ from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows
+from .dynamic_products import Panels, Sums, add_second, product_rows
 from .dynamic_rows import (
     BLOCK,
     ROWS_OF,
-    Panels,
-    Sums,
-    add_second,
     codes_of_rows,
     memory_of,
-    product_rows,
     quantize_input,
 )
 from .norm import ADDRESSES, NO_NORM, finish_row
