@@ -1,9 +1,8 @@
 """A single query per head against int8 keys and values: four-way dot products, exact but for the rounding of float32.
 
 Letters as in decode_blocks.  Queries, and the weights of the values (probabilities times the values' scales), are
-written in three signed digits to the base 256: at least 22 bits and a sign of the largest of their row, nearly what
-float32 holds of it.  Each digit is a row of bytes that meets the stored bytes; the sums are integers, whatever their
-order.  The matrix unit takes 16 rows of digits at once.
+written in three digits as digits.py says, each a row of bytes that meets the stored bytes in panels of cache_panels.py.
+The matrix unit takes 16 rows of digits at once.
 """
 import numpy as np
 
@@ -11,8 +10,9 @@ from edgeattn.runtime.compiler import NamedTuple, inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, digit_products
+from .cache_panels import QUADS, interleaved, key_panels, value_panels
 from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries
-from .int8_operands import LANE_FLIP, add_digit_sum, flip_lanes, less_digit_sum, store_digit_sum
+from .digits import CHUNK, DIGITS, join_digits, largest_of, write_digits
 from .int8_views import Part
 from .matmul import round_up
 from .portions import portions
@@ -22,143 +22,23 @@ from .simd import (
     MATRIX_ROWS,
     WIDTH,
     address_of,
-    bits_of,
-    first_lane,
-    float_of_bits,
     fma,
-    gather_byte,
-    interleave_rows,
     load,
     matrix_configure,
     matrix_release,
     max_lanes,
     maximum,
     pointer_to,
-    round_to_int,
     splat,
     store,
     sum_lanes,
-    to_float,
-    transpose_block,
 )
 from .softmax import exp2
 from .views import Rows
 
-CHUNK = 4 * LANES  # bytes of a vector
-QUADS = BLOCK // 4
-DIGITS = 3
-_BASE, _SQUARE = np.float32(256), np.float32(65536)
-_BIAS = np.int32(0x808080)
-_MOST = np.float32(0x7f7f7f)  # three digits of 127
-_FINE, _COARSE = np.int32((1 << 20) - 1), np.int32(-1 << 20)  # all but three bits of a mantissa, and the rest
-_SMALLEST = np.finfo(np.float32).tiny
 _ZERO = np.float32(0)
-_ONE = np.float32(1)
 _LOWEST = np.finfo(np.float32).min
 _MINUS_INFINITY = np.float32(-np.inf)
-
-
-@inline
-def largest_of(private, at, size):
-    """The largest magnitude in private[at : at + size], and zero, or NaN where a number is not finite."""
-    best, poison = splat(_ZERO), splat(_ZERO)
-    for i in range(0, size, LANES):
-        v = load(private, at + i)
-        best = maximum(maximum(v, splat(_ZERO) - v), best)
-        poison = fma(v, splat(_ZERO), poison)
-    return max_lanes(best), sum_lanes(poison)
-
-
-@inline
-def digits_of(private, at, inverse):
-    """Numbers over a unit to whole ones, and those to three digits that are bytes with a sign."""
-    return (round_to_int(load(private, at) * inverse) + splat(_BIAS)) ^ splat(_BIAS)
-
-
-@inline
-def write_digits(private, at, size, largest, rows, corrections):
-    """The three digits of private[at : at + size], lowest first, as Rows of four bytes; what a unit of them is worth.
-
-    private[at + i] = unit * sum over r of 256 ** r * byte i of row r, none larger than `largest`; size a multiple of
-    CHUNK.  corrections: Part, of each row what its sums are too large by where the other operand's bytes are kept with
-    their highest bit flipped.
-    """
-    # _MOST units or a little less are the largest number; a unit of few bits makes the products with it nearly exact
-    fine = bits_of(splat(largest / _MOST))
-    unit = maximum(float_of_bits((fine + splat(_FINE)) & splat(_COARSE)), splat(_SMALLEST))
-    inverse = splat(_ONE) / unit
-    sums0, sums1, sums2 = splat(np.int32(0)), splat(np.int32(0)), splat(np.int32(0))
-    for i in range(0, size, CHUNK):
-        x0 = digits_of(private, at + i, inverse)
-        x1 = digits_of(private, at + i + LANES, inverse)
-        x2 = digits_of(private, at + i + 2 * LANES, inverse)
-        x3 = digits_of(private, at + i + 3 * LANES, inverse)
-        digit0 = gather_byte(x0, x1, x2, x3, 0)
-        digit1 = gather_byte(x0, x1, x2, x3, 1)
-        digit2 = gather_byte(x0, x1, x2, x3, 2)
-        store(rows.data, rows.at + i // 4, digit0)
-        store(rows.data, rows.at + rows.step + i // 4, digit1)
-        store(rows.data, rows.at + 2 * rows.step + i // 4, digit2)
-        sums0 = add_digit_sum(sums0, digit0)
-        sums1 = add_digit_sum(sums1, digit1)
-        sums2 = add_digit_sum(sums2, digit2)
-    store_digit_sum(sums0, corrections.data, corrections.at)
-    store_digit_sum(sums1, corrections.data, corrections.at + 1)
-    store_digit_sum(sums2, corrections.data, corrections.at + 2)
-    return first_lane(unit)
-
-
-@inline
-def readable(rows, at, row, size, left, copy):
-    """(address, distance) of LANES rows that may be read to the end of their last chunk: in place or copied.
-
-    rows: address; at, row, size in bytes; left: how many rows there are from the first on.
-    """
-    size_up = (size + CHUNK - 1) // CHUNK * CHUNK
-    if size == size_up and left >= LANES or (left - LANES) * row >= size_up - size:
-        return rows + at, row
-    source, target = pointer_to(rows + at, np.int8), pointer_to(copy, np.int8)
-    for i in range(min(left, LANES)):
-        for d in range(size):
-            target[i * size_up + d] = source[i * row + d]
-    return copy, size_up
-
-
-@inline
-def key_panels(keys, row, size, count, left, deep, panels, copy):
-    """`count` keys as panels (keys / WIDTH, deep, WIDTH) of four features, their highest bits flipped.
-
-    keys, copy: addresses, of rows `size` bytes long and `row` apart, `left` of them, and of room for LANES rows.
-    """
-    for s in range(0, count, LANES):
-        at, near_row = readable(keys, s * row, row, size, left - s, copy)
-        rows, to = pointer_to(at, np.int8), s // WIDTH * (deep * WIDTH) + s % WIDTH
-        for k in range(0, (size + CHUNK - 1) // CHUNK * LANES, LANES):
-            transpose_block(rows, 4 * k, near_row, panels, to + k * WIDTH, WIDTH)
-            for i in range(k, k + LANES):
-                flip_lanes(panels, to + i * WIDTH, LANES)
-
-
-@inline
-def value_panels(values, row, size, count, left, panels, copy):
-    """`count` values as panels (positions / WIDTH, QUADS, WIDTH) of four keys; otherwise as `key_panels`."""
-    for s in range(0, count, LANES):
-        at, near_row = readable(values, s * row, row, size, left - s, copy)
-        rows = pointer_to(at, np.int8)
-        for i in range(0, min(LANES, count - s), 4):
-            for d in range(0, size, CHUNK):
-                interleave_rows(rows, i * near_row + d, near_row, LANE_FLIP, panels, d * QUADS + (s + i) // 4 * WIDTH,
-                                QUADS * WIDTH)
-
-
-@inline
-def join_digits(sums, at, row, corrections):
-    """The LANES numbers whose digits' sums lie at `at`, rows `row` apart, lowest first; corrections: Part."""
-    low, middle, high = load(sums, at), load(sums, at + row), load(sums, at + 2 * row)
-    low = less_digit_sum(low, corrections.data, corrections.at)
-    middle = less_digit_sum(middle, corrections.data, corrections.at + 1)
-    high = less_digit_sum(high, corrections.data, corrections.at + 2)
-    return fma(to_float(high), splat(_SQUARE), fma(to_float(middle), splat(_BASE), to_float(low)))
 
 
 @inline
@@ -359,14 +239,6 @@ def decode_part(p, a, scratch, portion, worker, part):
         weigh_block(p, count, poison, results, to, buffers)
         context_block(p, a, batch, kv, s0, left, results, to, buffers)
     matrix_release()
-
-
-@inline
-def interleaved(position):
-    """The feature at a position of a context: see `interleave_rows`."""
-    chunk, rest = position // CHUNK, position % CHUNK
-    j, l = rest // LANES, rest % LANES
-    return chunk * CHUNK + l // 4 * 16 + j * 4 + l % 4
 
 
 @jit

@@ -1,7 +1,7 @@
 """One token of a static int8 layer against its cache, which is read in place: keys in lanes, then heads in lanes.
 
 Letters as in fused_int8.  Queries less their zero point, and probabilities, are numbers of nine bits, written in two
-digits 2 a + c, bytes with a sign, that meet the stored bytes as the digits of decode_int8 do.  The rows of scores
+digits 2 a + c, bytes with a sign, that meet the stored bytes as those of digits.py do.  The rows of scores
 become lanes for the softmax, a head to a lane: its sums go in the order of the keys whatever the layout.
 """
 import numpy as np
@@ -11,8 +11,9 @@ from edgeattn.runtime.worker_pool import task
 
 from . import fused_int8 as f
 from .byte_products import DEPTH_STEP, digit_products
+from .cache_panels import QUADS, interleaved, key_panels, value_panels
 from .decode_blocks import BLOCK
-from .decode_int8 import CHUNK, QUADS, interleaved, key_panels, value_panels
+from .digits import CHUNK
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import round_up
