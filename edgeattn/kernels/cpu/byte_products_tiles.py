@@ -3,7 +3,7 @@
 from edgeattn.runtime.compiler import inline
 
 from .matmul import multiply, multiply_ahead, pace_ahead
-from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_of_columns, tile_store, tile_zero
+from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_add_columns, tile_of_columns, tile_store, tile_zero
 
 DEPTH_STEP = 1
 ROW_STEP = ROWS
@@ -24,44 +24,56 @@ def linear(finish, arguments, x, tokens, panels, tiles):
 
 
 @inline
-def _multiply(tile, x, t, panels, f, at_next, pace):
-    """tile + x w^T: as many rows of x from t on as the tile has, and the features of a panel; see multiply_ahead."""
-    at_x, at_panel = x.at + t * x.row, panels.at + f * panels.depth4
+def product_of_rows(step, arguments, rows, features, at_panels, depth4, like):
+    """step(tile, rows, t, f, at_next, pace, *arguments) for every tile, zeros of the dtype of `like`, of a product.
+
+    The last ones have as many rows as are left: four, and then three, two or one. Meanwhile a step brings near what of
+    the panels, which begin at at_panels, lies at at_next: see multiply_ahead.
+    """
+    pace = pace_ahead(rows, ROWS)
+    for f in range(0, features, WIDTH):
+        t, at_next = 0, at_panels + (f + WIDTH) * depth4
+        while t < rows:
+            left = rows - t
+            if left >= ROWS:
+                step(tile_zero(ROWS, COLUMNS, like), ROWS, t, f, at_next, pace, *arguments)
+                at_next += pace * depth4
+                t += ROWS
+            elif left >= 4:
+                step(tile_zero(4, COLUMNS, like), 4, t, f, at_next, 0, *arguments)
+                t += 4
+            elif left == 3:
+                step(tile_zero(3, COLUMNS, like), 3, t, f, at_next, 0, *arguments)
+                t += 3
+            elif left == 2:
+                step(tile_zero(2, COLUMNS, like), 2, t, f, at_next, 0, *arguments)
+                t += 2
+            else:
+                step(tile_zero(1, COLUMNS, like), 1, t, f, at_next, 0, *arguments)
+                t += 1
+
+
+@inline
+def multiply_near(tile, x, t, panels, at_panel, depth4, at_next, pace):
+    """tile + x w^T: as many rows of Groups x from t on as the tile has, and the features of a panel."""
+    at_x = x.at + t * x.row
     if pace > 0:
-        return multiply_ahead(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4, at_next, pace,
-                              WIDTH // 2)
-    return multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
+        return multiply_ahead(tile, x.data, at_x, x.row, x.step, panels, at_panel, depth4, at_next, pace, WIDTH // 2)
+    return multiply(tile, x.data, at_x, x.row, x.step, panels, at_panel, depth4)
+
+
+@inline
+def _row_step(tile, rows, t, f, at_next, pace, x, panels, finish, arguments):
+    tile = tile_add_columns(tile, panels.bias, panels.at_bias + f)
+    tile = multiply_near(tile, x, t, panels.data, panels.at + f * panels.depth4, panels.depth4, at_next, pace)
+    finish(tile, rows, t, f, *arguments)
 
 
 @inline
 def row_product(finish, arguments, x, tokens, panels, tiles):
-    """Tile by tile; the last ones have as many rows as are left: four, and then three, two or one."""
-    bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
-    for f in range(0, panels.features, WIDTH):
-        t, at_next = 0, panels.at + (f + WIDTH) * panels.depth4
-        while t < tokens:
-            left = tokens - t
-            if left >= ROWS:
-                tile = tile_of_columns(ROWS, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, pace), ROWS, t, f, *arguments)
-                at_next += pace * panels.depth4
-                t += ROWS
-            elif left >= 4:
-                tile = tile_of_columns(4, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, 0), 4, t, f, *arguments)
-                t += 4
-            elif left == 3:
-                tile = tile_of_columns(3, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, 0), 3, t, f, *arguments)
-                t += 3
-            elif left == 2:
-                tile = tile_of_columns(2, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, 0), 2, t, f, *arguments)
-                t += 2
-            else:
-                tile = tile_of_columns(1, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, 0), 1, t, f, *arguments)
-                t += 1
+    """Tile by tile, as finished."""
+    product_of_rows(_row_step, (x, panels, finish, arguments), tokens, panels.features, panels.at, panels.depth4,
+                    panels.bias)
 
 
 @inline

@@ -3,17 +3,16 @@ import numpy as np
 
 from edgeattn.runtime.compiler import NamedTuple, inline, task
 
+from .byte_products_tiles import multiply_near, product_of_rows
 from .dynamic import COLUMNS_APART
 from .dynamic_rows import WORDS
 from .int8_views import Groups
-from .matmul import multiply, multiply_ahead, pace_ahead
 from .one_row import multiply_row
 from .simd import (
     ADDS_FIRST,
     AS_WORDS,
     COLUMNS,
     LANES,
-    ROWS,
     WIDTH,
     fma,
     load,
@@ -84,50 +83,17 @@ def finish_tile(tile, t, f, m, x, out):
 
 
 @inline
-def multiply_tile(tile, t, f, m, x, w, out, at_next, pace):
-    """A tile, plus x w^T, finished; of weights from at_next on, `pace` elements for each depth are brought near."""
-    groups4 = x.groups4
-    at_x, at_w = x.at + t * groups4 * WORDS, w.at + f * groups4
+def multiply_tile(tile, rows, t, f, at_next, pace, m, x, w, out):
+    """A tile of zeros, plus x w^T + minus c, finished: a step of product_of_rows."""
+    tile, groups4 = tile_add_outer(tile, m.i, x.at_minus + t, m.weights, w.at_c + f), x.groups4
     if AS_WORDS:
+        at_x, at_w = x.at + t * groups4 * WORDS, w.at + f * groups4
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
-    elif pace > 0:
-        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace,
-                              WIDTH // 2)
     else:
-        tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
+        tile = multiply_near(tile, Groups(m.u, x.at, groups4, 1), t, m.weights, w.at + f * groups4, groups4, at_next,
+                             pace)
     finish_tile(tile, t, f, m, x, out)
-
-
-@inline
-def product_of_bytes(m, x, rows, w, features, out):
-    """product_rows() of bytes, or of words as they are."""
-    at_minus, at_c, pace = x.at_minus, w.at_c, pace_ahead(rows, ROWS)
-    for f in range(0, features, WIDTH):
-        t, at_next = 0, w.at + (f + WIDTH) * x.groups4
-        while t < rows:
-            left = rows - t
-            if left >= ROWS:
-                tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace)
-                at_next += pace * x.groups4
-                t += ROWS
-            elif left >= 4:
-                tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
-                t += 4
-            elif left == 3:
-                tile = tile_of_products(3, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
-                t += 3
-            elif left == 2:
-                tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
-                t += 2
-            else:
-                tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
-                t += 1
 
 
 @inline
@@ -159,7 +125,7 @@ def product_rows(m, x, rows, w, features, out, at_wide):
         product_of_words(start_sums, finish_sums, (m, x, w, out), Words(m.i, x.at, x.groups4, at_wide), rows,
                          m.weights, w.at, features)
     else:
-        product_of_bytes(m, x, rows, w, features, out)
+        product_of_rows(multiply_tile, (m, x, w, out), rows, features, w.at, x.groups4, m.weights)
 
 
 @task
