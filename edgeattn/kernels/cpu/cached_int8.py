@@ -30,6 +30,7 @@ from .simd import (
 )
 from .static_layout import layout_of, place_values, value_room
 from .step_int8 import project_codes, step_part
+from .token_codes import Linear, key_terms
 
 
 @inline
@@ -50,7 +51,7 @@ def append_part(p, a, scratch, batch, portion, worker, part):
     slot = batch * p.heads * p.capacity + p.first_slot + p.keys - p.new_tokens
     xk, xv = pointer_to(a.keys, np.int8), pointer_to(a.values, np.int8)
     keys, values = pointer_to(a.cached_keys, np.int8), pointer_to(a.cached_values, np.int8)
-    k_linear, v_linear = f.Linear(p.wk, p.bk, p.mk, p.yk, p.tk), f.Linear(p.wv, p.bv, p.mv, p.zv, 0)
+    k_linear, v_linear = Linear(p.wk, p.bk, p.mk, p.yk, p.tk), Linear(p.wv, p.bv, p.mv, p.zv, 0)
     matrix_configure(own.int32, p.at_tiles)
     end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):
@@ -97,7 +98,7 @@ def arrange_keys(p, a, h, t0, t1, slot, layout, shared, own):
     D, k_block = p.head_size, layout.k_block
     at_k = feature_position(h * p.padded_head, k_block, layout.k_step) + t0 * k_block
     copy_rows(a.cached_keys + (slot + t0) * D, D, t1 - t0, address_of(shared.int32) + at_k, k_block)
-    f.key_terms(Groups(shared.int32, at_k // 4, k_block // 4, 1), round_up(t1 - t0, ROWS), p.padded_head // 4,
+    key_terms(Groups(shared.int32, at_k // 4, k_block // 4, 1), round_up(t1 - t0, ROWS), p.padded_head // 4,
                 zero_bytes(np.int32(p.zq)), Part(shared.int32, p.at_krow + h * layout.keys + t0),
                 Part(own.int32, p.at_row_major))
 

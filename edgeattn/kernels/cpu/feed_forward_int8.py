@@ -18,7 +18,6 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .byte_products import DEPTH_STEP, TILES_SCRATCH, row_product
 from .finish_int8 import finish_bytes
-from .fused_int8 import pack_tokens
 from .int8_operands import BYTE_FLIP, FLIP, SIGN_BITS
 from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
 from .matmul import round_up
@@ -48,6 +47,7 @@ from .simd import (
     tile_add_down,
     wide_splat,
 )
+from .token_codes import pack_tokens
 from .views import Blocks
 from .word_products import Words, product_of_words, split_row
 

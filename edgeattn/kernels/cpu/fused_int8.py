@@ -7,10 +7,11 @@ The arithmetic is exact: whatever instruction set runs it, the bits are those of
 """
 import numpy as np
 
-from edgeattn.runtime.compiler import NamedTuple, inline, jit, register_jitable
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, linear
+from .code_masks import Seen, drop_codes, fill_drop_mask, map_codes
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
 from .int8_operands import (
     BYTE_FLIP,
@@ -38,7 +39,6 @@ from .simd import (
     dot_bytes,
     first_lane,
     load,
-    map_bytes,
     matrix_configure,
     matrix_release,
     pointer_to,
@@ -47,21 +47,14 @@ from .simd import (
     store_bytes,
     transpose_block,
 )
-from .softmax_int8 import LOWEST_CODES, softmax
+from .softmax_int8 import softmax
 from .static_layout import FEATURES_TOGETHER, context_rows, layout_of, project_values, values_of
+from .token_codes import key_terms, pack_tokens, packed_depth, scale_codes
 from .views import Blocks
 
-_NONE, _ALL = np.int32(0), np.int32(-1)
+_NONE = np.int32(0)
 TOKENS = 128  # tokens packed and projected at a time: each pass over the weights serves so many
 TOKENS_TOGETHER = 64  # what threads share keys by: values are turned LANES groups of four tokens at a time
-
-
-@register_jitable
-def packed_depth(E):
-    """Groups of four bytes in a packed row of E."""
-    return round_up((E + 3) // 4, DEPTH_STEP)
-
-
 # The parameters: sizes; where panels, biases and multipliers begin in the weights; where tables do, of what products
 # read of queries and keys, or 0 of none, and zero points of the codes that they are of; zero points; numbers of rules,
 # see softmax_int8 and requantize; what each call with a cache has of its own, see cached_int8, masks among it; where
@@ -80,120 +73,6 @@ LAYER = record("batch queries query_width key_width value_width out_width heads"
 # int8 (n, 256), maps a score's code; weights, int32, as the parameters say, and the softmax's table; in C order.
 ADDRESSES = record("queries keys values out keep padding cached_keys cached_values",
                    "lut_index score_luts weights softmax")
-
-
-class Linear(NamedTuple):
-    """Where panels, bias and multipliers of a projection begin in the weights, and the zero point of its codes.
-
-    table: where the table of what becomes of them begins there, or 0.
-    """
-
-    weight: int
-    bias: int
-    multiplier: int
-    zero_point: int
-    table: int
-
-
-class Seen(NamedTuple):
-    """Of a block of queries from q0 on, the keys [first, last) that any may see, in `groups` of four.
-
-    band: whether query q0 + l sees key s only where low <= s - q0 - l <= high.
-    """
-
-    q0: int
-    queries: int
-    first: int
-    last: int
-    groups: int
-    band: bool
-    low: int
-    high: int
-
-
-@inline
-def pack_tokens(x, E, tokens, rows, out, out_row):
-    """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
-    whole = E // (4 * LANES) * LANES  # groups that come in vectors
-    flip = splat(FLIP)
-    for t in range(tokens):
-        from_x, to = x.at + t * E, out.at + t * out_row
-        words = pointer_to(address_of(x.data) + from_x, np.int32)
-        for i in range(0, whole, LANES):
-            store(out.data, to + i, load(words, i) ^ flip)
-        for i in range(whole, out_row):
-            word = np.int32(0)
-            for j in range(min(4, E - 4 * i)):
-                word |= (np.int32(x.data[from_x + 4 * i + j]) & np.int32(255)) << np.int32(8 * j)
-            out.data[to + i] = word ^ FLIP
-    for i in range(tokens * out_row, rows * out_row):
-        out.data[out.at + i] = FLIP
-
-
-@inline
-def scale_codes(codes, count, weights, table, flip):
-    """Codes, `count` groups of a multiple of LANES, to what the table from weights[table] on says of them, in place.
-
-    They are ^ flip, and remain so.
-    """
-    flips, bytes_ = splat(flip), pointer_to(address_of(weights), np.int8)
-    for i in range(codes.at, codes.at + count, LANES):
-        store(codes.data, i, map_bytes(bytes_, 4 * table, load(codes.data, i) ^ flips) ^ flips)
-
-
-@inline
-def key_terms(keys, tokens, D4, zero_point, out, square):
-    """out[s] = - zero_point * sum over d of key s, LANES keys at a time; keys: Rows of D4 groups.
-
-    zero_point in four bytes, as an unsigned operand; square: scratch (LANES, LANES).
-    """
-    for s in range(0, tokens, LANES):
-        total = splat(_NONE)
-        for d in range(0, D4, LANES):
-            transpose_block(keys.data, keys.at + s * keys.row + d, keys.row, square.data, square.at, LANES)
-            for i in range(min(LANES, D4 - d)):
-                total = dot_bytes(total, splat(zero_point), load(square.data, square.at + i * LANES))
-        store(out.data, out.at + s, splat(_NONE) - total)
-
-
-@inline
-def fill_drop_mask(masks, keep, padding, h, seen):
-    """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
-    at_keep = keep.at + h * keep.head + seen.q0 * keep.row
-    for g in range(seen.groups):
-        for q in range(WIDTH):
-            word = np.uint32(0)
-            for j in range(4):
-                s = seen.first + 4 * g + j
-                is_seen = s < seen.last
-                if seen.band and not (seen.low <= s - seen.q0 - q <= seen.high):
-                    is_seen = False
-                at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
-                if is_seen and keep.given and keep.data[at] == 0:
-                    is_seen = False
-                if is_seen and padding.given and padding.data[padding.at + s] == 0:
-                    is_seen = False
-                if is_seen:
-                    word |= np.uint32(255) << np.uint32(8 * j)
-            masks.data[masks.at + g * WIDTH + q] = np.int32(word)
-
-
-@inline
-def map_codes(codes, score_luts, index, h, seen):
-    """codes = score_luts[index, code + 128]; the first table where there is no index."""
-    at_index = index.at + h * index.head + seen.q0 * index.row
-    for g in range(seen.groups):
-        for q in range(WIDTH):
-            word = codes.data[codes.at + g * WIDTH + q]
-            result = np.uint32(0)
-            for j in range(4):
-                s = min(seen.first + 4 * g + j, seen.last - 1)
-                row = 0
-                if index.given:
-                    row = np.int64(index.data[at_index + min(q, seen.queries - 1) * index.row + s * index.key])
-                code = score_luts[row * 256 + ((word >> (8 * j)) & 255 ^ 128)]
-                result |= (np.uint32(code) & np.uint32(255)) << np.uint32(8 * j)
-            codes.data[codes.at + g * WIDTH + q] = np.int32(result)
 
 
 @task
@@ -282,15 +161,6 @@ def score_head(p, a, h, first, keys, layout, shared, own):
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
            Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
            BytePanels(own.uint32, at_q, own.int32, at_sums, WIDTH, q_groups), Part(own.int32, p.at_tiles))
-
-
-@inline
-def drop_codes(codes, masks, groups):
-    """The lowest code for what masks (groups, W) say may not be seen."""
-    for i in range(0, groups * WIDTH, LANES):
-        m = load(masks.data, masks.at + i)
-        dropped = splat(LOWEST_CODES) & (m ^ splat(_ALL))
-        store(codes.data, codes.at + i, (load(codes.data, codes.at + i) & m) | dropped)
 
 
 @inline

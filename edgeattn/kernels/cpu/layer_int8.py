@@ -20,6 +20,7 @@ from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
 from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
+from .token_codes import packed_depth
 
 _OWN = slot(f.LAYER, "keys")  # where begins what each call with a cache has of its own, masks at its end
 _MASKS = f"{BAND} {KEEP}".split()
@@ -32,13 +33,13 @@ def place_own(p):
     """Write where things begin in the scratch of each thread into p, but for those behind the codes of scores."""
     H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
     row_major_row = round_up(round_up(H * max(Dp, Dvp), WIDTH) // 4, LANES)
-    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
+    deepest = packed_depth(max(p.query_width, p.key_width, p.value_width))
     p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
     p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
     p.at_q, private = place(private, max(row_major_row, H * round_up(Dp // 4, DEPTH_STEP)) * WIDTH)
     p.at_sums, private = place(private, 3 * WIDTH)
     p.at_terms, private = place(private, value_terms_size(Dvp))
-    p.at_context, p.at_codes = place(private, (f.packed_depth(H * Dvp) + ROWS) * WIDTH)
+    p.at_context, p.at_codes = place(private, (packed_depth(H * Dvp) + ROWS) * WIDTH)
 
 
 @register_jitable
@@ -60,7 +61,7 @@ def plan(p, B, L, S):
     p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
     p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
     p.at_tiles, private = place(private, max(TILES_SCRATCH, 16))
-    p.at_transposed, private = place(private, turned_size(f.packed_depth(H * Dvp)))
+    p.at_transposed, private = place(private, turned_size(packed_depth(H * Dvp)))
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -112,7 +113,7 @@ class StaticLayer:
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
             weight, real, bias = linears[name]
             depth = weight.shape[1]
-            deep = np.zeros((weight.shape[0], 4 * f.packed_depth(depth)), np.int8)
+            deep = np.zeros((weight.shape[0], 4 * packed_depth(depth)), np.int8)
             deep[:, :depth] = weight
             bias = np.zeros(len(weight), np.int32) if bias is None else bias
             put_linear(letter, pad_heads(deep, H, size, wide), pad_heads(bias, H, size, wide),
@@ -121,7 +122,7 @@ class StaticLayer:
             weight, real, bias = linears["output"]
             Eo = weight.shape[0]
             up = round_up(Eo, WIDTH)
-            spread = np.zeros((up, 4 * f.packed_depth(H * Dvp)), np.int8)
+            spread = np.zeros((up, 4 * packed_depth(H * Dvp)), np.int8)
             spread[:Eo, :H * Dvp].reshape(Eo, H, Dvp)[:, :, :Dv] = weight.reshape(Eo, H, Dv)
             wide_bias, wide_real = np.zeros(up, np.int32), np.zeros(up)
             wide_real[:Eo] = real

@@ -9,11 +9,13 @@ import numpy as np
 from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
 from edgeattn.runtime.worker_pool import task
 
-from . import fused_int8 as f
 from .byte_products import DEPTH_STEP, digit_products
 from .cache_panels import QUADS, interleaved, key_panels, value_panels
+from .code_masks import Seen, map_codes
 from .decode_blocks import BLOCK
 from .digits import CHUNK
+from .finish_int8 import finish_bytes
+from .fused_int8 import project_output_of_one
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import round_up
@@ -34,6 +36,7 @@ from .simd import (
     store,
 )
 from .softmax_int8 import LOWEST_CODES, softmax
+from .token_codes import Linear, pack_tokens, packed_depth, scale_codes
 from .views import Blocks, Rows
 
 _SEVEN_BITS, _LOWEST_BITS = np.int32(0x7F7F7F7F), np.int32(0x01010101)
@@ -74,16 +77,16 @@ def buffers_of(p, own):
 @inline
 def project_codes(p, a, x, E, tokens, to, padded, own):
     """Codes of at most W tokens of x to p.at_row_major, where their rows are so many bytes apart; to: Linear."""
-    rows, depth4 = round_up(tokens, ROWS), f.packed_depth(E)
+    rows, depth4 = round_up(tokens, ROWS), packed_depth(E)
     features = round_up(p.heads * padded, WIDTH)
     row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
-    f.pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
+    pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
     scaling = Scaling(weights, p.project_rule, to.multiplier, features, np.int32(to.zero_point))
-    linear_of_tokens(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
+    linear_of_tokens(finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
                      Groups(own.uint32, p.at_x, depth4, 1), tokens,
                      BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
     if to.table != 0:
-        f.scale_codes(Part(own.int32, p.at_row_major), tokens * row // 4, weights, to.table, np.int32(0))
+        scale_codes(Part(own.int32, p.at_row_major), tokens * row // 4, weights, to.table, np.int32(0))
     return row
 
 
@@ -190,10 +193,10 @@ def step_part(p, a, scratch, batch, worker, part):
     H, S, Eq, Eo, Dv = p.heads, p.keys, p.query_width, p.out_width, p.value_size
     groups, masked, buffers = (S + 3) // 4, S % 4 != 0, buffers_of(p, own)
     codes, masks = Part(own.int32, p.at_codes), Part(own.int32, p.at_masks)
-    index, seen = Mask(False, pointer_to(0, np.uint8), 0, 0, 0, 0), f.Seen(0, WIDTH, 0, S, groups, False, 0, 0)
+    index, seen = Mask(False, pointer_to(0, np.uint8), 0, 0, 0, 0), Seen(0, WIDTH, 0, S, groups, False, 0, 0)
     matrix_configure(own.int32, p.at_tiles)
     # 1. the query of all heads
-    query = f.Linear(p.wq, p.bq, p.mq, p.yq, p.tq)
+    query = Linear(p.wq, p.bq, p.mq, p.yq, p.tq)
     project_codes(p, a, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, own)
     for h0 in range(0, H, WIDTH):
         heads = min(WIDTH, H - h0)
@@ -201,7 +204,7 @@ def step_part(p, a, scratch, batch, worker, part):
         for h in range(heads):
             score_codes(p, a, batch, h0 + h, h, own, buffers)
         if a.score_luts != 0:
-            f.map_codes(codes, pointer_to(a.score_luts, np.int8), index, 0, seen)
+            map_codes(codes, pointer_to(a.score_luts, np.int8), index, 0, seen)
         # 3. probabilities of the S keys
         if masked:
             drop_rest(S, buffers.codes, masks)
@@ -218,5 +221,5 @@ def step_part(p, a, scratch, batch, worker, part):
                 byte = own.int8[4 * p.at_context + h * p.padded_value + d]
                 out[batch * Eo + h * Dv + d] = byte ^ BYTE_FLIP
     else:
-        f.project_output_of_one(p, a, batch * Eo, own)
+        project_output_of_one(p, a, batch * Eo, own)
     matrix_release()

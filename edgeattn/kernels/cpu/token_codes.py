@@ -1,0 +1,75 @@
+"""Codes of tokens in the static layer: as unsigned operands of products, and what its projections make of them."""
+import numpy as np
+
+from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
+
+from .byte_products import DEPTH_STEP
+from .int8_operands import FLIP
+from .matmul import round_up
+from .simd import LANES, address_of, dot_bytes, load, map_bytes, pointer_to, splat, store, transpose_block
+
+_NONE = np.int32(0)
+
+
+@register_jitable
+def packed_depth(E):
+    """Groups of four bytes in a packed row of E."""
+    return round_up((E + 3) // 4, DEPTH_STEP)
+
+
+class Linear(NamedTuple):
+    """Where panels, bias and multipliers of a projection begin in the weights, and the zero point of its codes.
+
+    table: where the table of what becomes of them begins there, or 0.
+    """
+
+    weight: int
+    bias: int
+    multiplier: int
+    zero_point: int
+    table: int
+
+
+@inline
+def pack_tokens(x, E, tokens, rows, out, out_row):
+    """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
+    whole = E // (4 * LANES) * LANES  # groups that come in vectors
+    flip = splat(FLIP)
+    for t in range(tokens):
+        from_x, to = x.at + t * E, out.at + t * out_row
+        words = pointer_to(address_of(x.data) + from_x, np.int32)
+        for i in range(0, whole, LANES):
+            store(out.data, to + i, load(words, i) ^ flip)
+        for i in range(whole, out_row):
+            word = np.int32(0)
+            for j in range(min(4, E - 4 * i)):
+                word |= (np.int32(x.data[from_x + 4 * i + j]) & np.int32(255)) << np.int32(8 * j)
+            out.data[to + i] = word ^ FLIP
+    for i in range(tokens * out_row, rows * out_row):
+        out.data[out.at + i] = FLIP
+
+
+@inline
+def scale_codes(codes, count, weights, table, flip):
+    """Codes, `count` groups of a multiple of LANES, to what the table from weights[table] on says of them, in place.
+
+    They are ^ flip, and remain so.
+    """
+    flips, bytes_ = splat(flip), pointer_to(address_of(weights), np.int8)
+    for i in range(codes.at, codes.at + count, LANES):
+        store(codes.data, i, map_bytes(bytes_, 4 * table, load(codes.data, i) ^ flips) ^ flips)
+
+
+@inline
+def key_terms(keys, tokens, D4, zero_point, out, square):
+    """out[s] = - zero_point * sum over d of key s, LANES keys at a time; keys: Rows of D4 groups.
+
+    zero_point in four bytes, as an unsigned operand; square: scratch (LANES, LANES).
+    """
+    for s in range(0, tokens, LANES):
+        total = splat(_NONE)
+        for d in range(0, D4, LANES):
+            transpose_block(keys.data, keys.at + s * keys.row + d, keys.row, square.data, square.at, LANES)
+            for i in range(min(LANES, D4 - d)):
+                total = dot_bytes(total, splat(zero_point), load(square.data, square.at + i * LANES))
+        store(out.data, out.at + s, splat(_NONE) - total)
