@@ -29,8 +29,8 @@ from .simd import (
     store,
 )
 from .static_layout import layout_of, place_values, value_room
-from .step_int8 import project_codes, step_part
-from .token_codes import Linear, key_terms
+from .step_int8 import step_part
+from .token_codes import Linear, key_terms, project_codes
 
 
 @inline
@@ -56,9 +56,9 @@ def append_part(p, a, scratch, batch, portion, worker, part):
     end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):
         tokens, row = min(WIDTH, end - t), batch * p.new_tokens + t
-        k_row = project_codes(p, a, Part(xk, row * Ek), Ek, tokens, k_linear, p.padded_head, own)
+        k_row = project_codes(p, a, Part(xk, row * Ek), Ek, tokens, k_linear, p.padded_head, np.int32(0), own)
         append_codes(own.int8, k_row, tokens, D, p.padded_head, p, Part(keys, (slot + t) * D))
-        v_row = project_codes(p, a, Part(xv, row * Ev), Ev, tokens, v_linear, p.padded_value, own)
+        v_row = project_codes(p, a, Part(xv, row * Ev), Ev, tokens, v_linear, p.padded_value, np.int32(0), own)
         append_codes(own.int8, v_row, tokens, Dv, p.padded_value, p, Part(values, (slot + t) * Dv))
     matrix_release()
 

@@ -49,7 +49,7 @@ from .simd import (
 )
 from .softmax_int8 import softmax
 from .static_layout import FEATURES_TOGETHER, context_rows, layout_of, project_values, values_of
-from .token_codes import key_terms, pack_tokens, packed_depth, scale_codes
+from .token_codes import Linear, key_terms, pack_tokens, packed_depth, project_codes, scale_codes
 from .views import Blocks
 
 _NONE = np.int32(0)
@@ -118,26 +118,18 @@ def project_part(p, a, scratch, batch, portion, worker, part):
 @inline
 def project_queries(p, a, batch, q0, queries, own):
     """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W); others have any codes."""
-    features = round_up(p.heads * p.padded_head, WIDTH)
-    Eq, Eq4, D4 = p.query_width, packed_depth(p.query_width), p.padded_head // 4
-    row_major_row, q_groups = round_up(features // 4, LANES), round_up(D4, DEPTH_STEP)
-    at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
-    x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
-    pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
-    scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.yq))
-    to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
-    linear_of_tokens(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), queries,
-                     BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
-    if p.tq != 0:
-        scale_codes(Part(own.int32, at_row_major), queries * row_major_row, weights, p.tq, FLIP)
-    turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
+    x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * p.query_width)
+    row = project_codes(p, a, x, p.query_width, queries, Linear(p.wq, p.bq, p.mq, p.yq, p.tq), p.padded_head, FLIP,
+                        own) // 4
+    D4, q_groups = p.padded_head // 4, round_up(p.padded_head // 4, DEPTH_STEP)
+    turns, turn = (1, row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):
             for l in range(0, WIDTH, LANES):
-                transpose_block(own.int32, at_row_major + l * row_major_row + h * D4 + f, row_major_row,
-                                own.int32, at_q + (h * turn + f) * WIDTH + l, WIDTH)
+                transpose_block(own.int32, p.at_row_major + l * row + h * D4 + f, row,
+                                own.int32, p.at_q + (h * turn + f) * WIDTH + l, WIDTH)
         for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
-            store(own.int32, at_q + h * turn * WIDTH + i, splat(_NONE))
+            store(own.int32, p.at_q + h * turn * WIDTH + i, splat(_NONE))
 
 
 @inline

@@ -14,17 +14,14 @@ from .cache_panels import QUADS, interleaved, key_panels, value_panels
 from .code_masks import Seen, map_codes
 from .decode_blocks import BLOCK
 from .digits import CHUNK
-from .finish_int8 import finish_bytes
 from .fused_int8 import project_output_of_one
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
-from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
+from .int8_views import Mask, Part, parts_of
 from .matmul import round_up
-from .one_row import linear_of_tokens
 from .requantize import bounded_codes, requantize
 from .simd import (
     LANES,
     MATRIX_ROWS,
-    ROWS,
     WIDTH,
     address_of,
     join_bytes,
@@ -36,8 +33,8 @@ from .simd import (
     store,
 )
 from .softmax_int8 import LOWEST_CODES, softmax
-from .token_codes import Linear, pack_tokens, packed_depth, scale_codes
-from .views import Blocks, Rows
+from .token_codes import Linear, project_codes
+from .views import Rows
 
 _SEVEN_BITS, _LOWEST_BITS = np.int32(0x7F7F7F7F), np.int32(0x01010101)
 
@@ -72,22 +69,6 @@ def buffers_of(p, own):
     sums = copy + 4 * sizes[2]
     return Buffers(pointer_to(digits, np.int32), pointer_to(panels, np.uint32), copy, pointer_to(sums, np.int32),
                    pointer_to(sums + 4 * sizes[3], np.int32), pointer_to(base + 4 * p.at_codes, np.int32))
-
-
-@inline
-def project_codes(p, a, x, E, tokens, to, padded, own):
-    """Codes of at most W tokens of x to p.at_row_major, where their rows are so many bytes apart; to: Linear."""
-    rows, depth4 = round_up(tokens, ROWS), packed_depth(E)
-    features = round_up(p.heads * padded, WIDTH)
-    row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
-    pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
-    scaling = Scaling(weights, p.project_rule, to.multiplier, features, np.int32(to.zero_point))
-    linear_of_tokens(finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
-                     Groups(own.uint32, p.at_x, depth4, 1), tokens,
-                     BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
-    if to.table != 0:
-        scale_codes(Part(own.int32, p.at_row_major), tokens * row // 4, weights, to.table, np.int32(0))
-    return row
 
 
 @inline
@@ -197,7 +178,7 @@ def step_part(p, a, scratch, batch, worker, part):
     matrix_configure(own.int32, p.at_tiles)
     # 1. the query of all heads
     query = Linear(p.wq, p.bq, p.mq, p.yq, p.tq)
-    project_codes(p, a, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, own)
+    project_codes(p, a, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, np.int32(0), own)
     for h0 in range(0, H, WIDTH):
         heads = min(WIDTH, H - h0)
         # 2. scores, with heads in lanes

@@ -4,9 +4,13 @@ import numpy as np
 from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
 
 from .byte_products import DEPTH_STEP
+from .finish_int8 import finish_bytes
 from .int8_operands import FLIP
+from .int8_views import BytePanels, Groups, Part, Scaling
 from .matmul import round_up
-from .simd import LANES, address_of, dot_bytes, load, map_bytes, pointer_to, splat, store, transpose_block
+from .one_row import linear_of_tokens
+from .simd import LANES, ROWS, WIDTH, address_of, dot_bytes, load, map_bytes, pointer_to, splat, store, transpose_block
+from .views import Blocks
 
 _NONE = np.int32(0)
 
@@ -73,3 +77,19 @@ def key_terms(keys, tokens, D4, zero_point, out, square):
             for i in range(min(LANES, D4 - d)):
                 total = dot_bytes(total, splat(zero_point), load(square.data, square.at + i * LANES))
         store(out.data, out.at + s, splat(_NONE) - total)
+
+
+@inline
+def project_codes(p, a, x, E, tokens, to, padded, flip, own):
+    """Codes, ^ flip, of at most W tokens of x to p.at_row_major, where rows are so many bytes apart; to: Linear."""
+    rows, depth4 = round_up(tokens, ROWS), packed_depth(E)
+    features = round_up(p.heads * padded, WIDTH)
+    row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
+    pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
+    scaling = Scaling(weights, p.project_rule, to.multiplier, features, np.int32(to.zero_point))
+    linear_of_tokens(finish_bytes, (scaling, flip, Blocks(own.int8, 4 * p.at_row_major, row, 0)),
+                     Groups(own.uint32, p.at_x, depth4, 1), tokens,
+                     BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
+    if to.table != 0:
+        scale_codes(Part(own.int32, p.at_row_major), tokens * row // 4, weights, to.table, flip)
+    return row
