@@ -234,11 +234,11 @@ BUGS = [
         "m.f[at + channel] = m.f[at + channel] + m.f[at + out_up + k] + m.f[at + out_up + k]",
         ENCODER_INT8 + "feed-forward, apart]"),
     # static int8
-    Bug("a further column holds what its feature is, not what is left of it", "feed_forward_int8.py",
+    Bug("a further column holds what its feature is, not what is left of it", "row_codes.py",
         "value - min(max(np.rint(value * inverse), low), high) * scale", "value", ENCODER_STATIC + "both]"),
     Bug("what a row's last bytes add is counted twice", "word_products.py",
         "own + select(lane_index() < splat(np.int32(whole - i)), none, more)", "own + more", ENCODER_STATIC + "both]"),
-    Bug("a further output is counted from the zero point", "feed_forward_int8.py",
+    Bug("a further output is counted from the zero point", "row_codes.py",
         "none = y + np.int64(w.int32[p.more_outputs + 2 * k]), w.int32[p.more_outputs + 2 * k + 1]",
         "none = y + np.int64(w.int32[p.more_outputs + 2 * k]), np.int32(p.z2)", ENCODER_STATIC + "both]"),
     Bug("a gate's zero point is that of the hidden features", "feed_forward_int8.py",

@@ -13,6 +13,7 @@ from .matmul import round_up
 from .norm import ADDRESSES, AT_ONCE, MEANS
 from .records import bits_of_real, blank, copy_of, packed, place
 from .requantize import NUMBERS, encode
+from .row_codes import ENDS, ENDS_ADDRESSES, codes_to_rows, rows_to_codes
 from .row_parts import BLOCK, FEW_ROWS
 from .simd import ADDS_FIRST, LANES, VIRTUAL_LANES, WIDTH, own_products
 from .word_products import panel_of_words, rows_of_words
@@ -164,27 +165,27 @@ class Ends:
         before, arrays = _input(width, quantization, more_inputs, first)
         after, ends = _output(out_width, out_quantization, (), last)
         at, weights = pack(**arrays, **ends)
-        self._parameters = blank(ff.FEED_FORWARD, **before, **after, **at)
+        self._parameters = blank(ENDS, **before, **after, **at)
         self._weights, self._plans = weights, shared_plans((Ends, *vars(self._parameters).values()))
 
     def to_codes(self, x):
         """(int8 codes (rows, columns), float32 (rows,) of x (rows, width): 0, or NaN where it holds one)."""
         codes, nan = np.empty((len(x), self._parameters.columns), np.int8), np.empty(len(x), np.float32)
         if codes.size:
-            self._call(ff.rows_to_codes, len(x))(x, None, codes, nan, self._weights)
+            self._call(rows_to_codes, len(x))(x, None, codes, nan, self._weights)
         return codes, nan
 
     def to_rows(self, codes, nan, residual):
         """float32 (rows, out_width) of codes (rows, out_width): norm(reals + residual), NaN where `nan` is."""
         out = np.empty(codes.shape, np.float32)
         if out.size:
-            self._call(ff.codes_to_rows, len(codes))(out, residual, codes, nan, self._weights)
+            self._call(codes_to_rows, len(codes))(out, residual, codes, nan, self._weights)
         return out
 
     def on(self, x, codes, nan, residual, out):
         """(to_codes, to_rows) between these arrays: functions that do it, see `PreparedCall.on`."""
-        return (self._call(ff.rows_to_codes, len(codes)).on(x, None, codes, nan, self._weights),
-                self._call(ff.codes_to_rows, len(codes)).on(out, residual, codes, nan, self._weights))
+        return (self._call(rows_to_codes, len(codes)).on(x, None, codes, nan, self._weights),
+                self._call(codes_to_rows, len(codes)).on(out, residual, codes, nan, self._weights))
 
     def _call(self, kernel, rows):
         key = kernel, rows
@@ -195,5 +196,5 @@ class Ends:
         p.at_nan, size = place(0, AT_ONCE)
         p.at_x, size = place(size, AT_ONCE * p.depth4)
         p.private_size = _place_rows(p, size)
-        return PreparedCall(kernel, packed(p, ff.FEED_FORWARD), ff.ENDS, np.int32, 0, p.private_size,
+        return PreparedCall(kernel, packed(p, ENDS), ENDS_ADDRESSES, np.int32, 0, p.private_size,
                             16 * rows * (4 * p.depth4))

@@ -27,6 +27,7 @@ from . import (
     projection_dynamic,
     quantize,
     reference_float32,
+    row_codes,
 )
 
 
@@ -57,8 +58,8 @@ ENTRIES = {
     "feed-forward float32": Entry(feed_forward_float32.feed_forward_float32, np.float32),
     "feed-forward dynamic": Entry(feed_forward_dynamic.feed_forward_dynamic, np.float32),
     "feed-forward int8": Entry(feed_forward_int8.feed_forward_int8, np.int32),
-    "rows to codes": Entry(feed_forward_int8.rows_to_codes, np.int32),
-    "codes to rows": Entry(feed_forward_int8.codes_to_rows, np.int32),
+    "rows to codes": Entry(row_codes.rows_to_codes, np.int32),
+    "codes to rows": Entry(row_codes.codes_to_rows, np.int32),
     "norm": Entry(norm.add_norm, np.float32),
     "store rows": Entry(cache_int8.store_rows, np.float32),
     "quantize": Entry(quantize.quantize, np.float32),

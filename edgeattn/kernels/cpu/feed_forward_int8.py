@@ -1,11 +1,9 @@
 """Feed-forwards in static int8, block of rows by block of rows: every scale fixed, codes from product to product.
 
-    input   x = clamp(rint(y / scale) + zero point), y a row or its norm; what the range leaves of a feature stands in a
-            further column
+    input   x, a row or its norm as codes, see row_codes.py
     hidden  h = table[requantize(x w1^T + b1)]; with a gate h = requantize((table[g] - zg) (requantize(..) - z1)),
             g = requantize(x gate^T + bg)
-    result  requantize(h w2^T + b2) as real numbers; what further channels hold is added to those that they go on from
-    out     norm(result + residual)
+    result  requantize(h w2^T + b2), codes that become rows again, with a residual and a norm
 
 Or codes in and out: x as it is, and the codes of the result.  Sums are exact and rules those of `requantize`, so that
 bytes are equal under every instruction set, in any batch and on any number of threads.
@@ -18,13 +16,12 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .byte_products import DEPTH_STEP, TILES_SCRATCH, row_product
 from .finish_int8 import finish_bytes
-from .int8_operands import BYTE_FLIP, FLIP, SIGN_BITS
+from .int8_operands import BYTE_FLIP, SIGN_BITS
 from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
-from .matmul import round_up
-from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_row, normalize_rows, read_row
-from .quantize import dequantize_row, quantize_vectors
-from .records import located, named, real, record
+from .norm import ADDRESSES, AT_ONCE
+from .records import located, named, record
 from .requantize import requantize
+from .row_codes import ROWS_AND_CODES, read_codes, write_codes
 from .row_parts import BLOCK, FEW_ROWS, parts_of_rows, share_of
 from .simd import (
     ADDS_FIRST,
@@ -38,33 +35,25 @@ from .simd import (
     matrix_configure,
     matrix_release,
     maximum,
-    pointer_to,
     smaller,
     splat,
     store,
     store_bytes,
     tile_add_columns,
     tile_add_down,
-    wide_splat,
 )
-from .token_codes import pack_tokens
 from .views import Blocks
 from .word_products import Words, product_of_words, split_row
 
 WIDE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for the words of a panel
 FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features are a multiple of
 # Of weights: positions in elements of 32 bits, `w` of panels, `b` biases and, where ADDS_FIRST, minus the features' own
-# products behind them, `m` multipliers; `z` zero points, `zh` of the hidden features; `table`: 256 bytes;
-# `more_inputs`: what each further column is left of, a feature or another such column; `more_outputs`: of each further
-# channel the one it is added to, and the code that adds nothing.
+# products behind them, `m` multipliers; `z` zero points, `zh` of the hidden features; `table`: 256 bytes.
+# Those of row_codes.py come last: where they came first, Numba would take this for a kind of that record.
 FEED_FORWARD = record(
-    "rows width columns out_width channels depth4 hidden_up out_up codes gated norm_first norm_last",
-    "project_rule multiply_rule w1 b1 m1 z1 gate_w gate_b gate_m gate_z table active_z multiplier zh w2 b2 m2 z2",
-    "more_inputs more_outputs at_first at_last scale inverse zero out_scale",
-    "at_x at_nan at_hidden at_gate at_codes at_words at_own at_row row_step at_tiles shared_size private_size")
-ENDS = record("x residual codes nan weights")  # rows of float32, int8 codes, float32 of each row
-_NONE, _ZERO, _NAN = np.int32(0), np.float32(0), np.float32(np.nan)
-_LEAST, _MOST = np.int32(-128), np.int32(127)
+    "hidden_up gated project_rule multiply_rule w1 b1 m1 z1 gate_w gate_b gate_m gate_z table active_z multiplier zh",
+    "w2 b2 m2 at_hidden at_gate at_codes at_words at_own at_tiles shared_size", ROWS_AND_CODES)
+_NONE, _LEAST, _MOST = np.int32(0), np.int32(-128), np.int32(127)
 _FLIP = np.int32(BYTE_FLIP)  # of a byte in 32 bits
 
 
@@ -75,72 +64,6 @@ class Operand(NamedTuple):
     depth4: int
     at_words: int
     at_own: int
-
-
-# --- rows to codes and back --------------------------------------------------------------------------------------
-
-@inline
-def codes_of_row(s, p, at, to, at_nan):
-    """A row of 4 * depth4 to bytes, an unsigned operand; and whether it holds NaN, which no code stands for."""
-    nan = quantize_vectors(s.float32, at, 4 * p.depth4, real(p.inverse), real(p.zero), _FLIP, s.int8, to)
-    s.float32[at_nan] = _NAN if nan else _ZERO
-
-
-@inline
-def widen_row(s, w, p, at):
-    """Zeros behind a row, and in its further columns what the range leaves of others."""
-    for i in range(round_up(p.width, VIRTUAL_LANES), 4 * p.depth4, VIRTUAL_LANES):
-        store(s.float32, at + i, wide_splat(_ZERO))
-    scale, inverse, zero = real(p.scale), real(p.inverse), real(p.zero)
-    low, high = np.float32(-128) - zero, np.float32(127) - zero
-    for k in range(p.columns - p.width):
-        value = s.float32[at + np.int64(w.int32[p.more_inputs + k])]
-        s.float32[at + p.width + k] = value - min(max(np.rint(value * inverse), low), high) * scale
-
-
-@task
-def read_codes(s, w, p, x, row, rows, to, at_nan, own):
-    """Rows of x, an address, from `row` on, at most AT_ONCE, as unsigned operands from `to` on; own: room for rows.
-
-    Each step is done to all rows: while one waits for what it has computed others go on.
-    """
-    if p.codes != 0:
-        for r in range(rows):
-            pack_tokens(Part(pointer_to(x, np.int8), (row + r) * p.columns), p.columns, 1, 1,
-                        Part(s.int32, to + r * p.depth4), p.depth4)
-        return
-    at, step = own + p.at_row, p.row_step
-    for r in range(rows):
-        read_row(pointer_to(x, np.float32), (row + r) * p.width, p.width, s.float32, at + r * step)
-    if p.norm_first != NO_NORM:
-        separately(normalize_rows, (s.float32, at, step, rows, p.width, p.norm_first, w.float32, p.at_first,
-                                    at + AT_ONCE * step))
-    for r in range(rows):
-        widen_row(s, w, p, at + r * step)
-    for r in range(rows):
-        codes_of_row(s, p, at + r * step, 4 * (to + r * p.depth4), at_nan + r)
-
-
-@task
-def write_codes(s, w, p, codes, nan, residual, out, row, own):
-    """Codes, bytes as Part, to row `row` of out; residual, out: addresses; nan: 0, or NaN."""
-    if p.codes != 0:
-        to = pointer_to(out, np.int8)
-        for i in range(p.channels):
-            to[row * p.channels + i] = codes.data[codes.at + i]
-        return
-    y, zero, scale = own + p.at_row, np.float32(p.z2), real(p.out_scale)
-    dequantize_row(codes.data, codes.at, p.out_width, scale, zero, s.float32, y)
-    if nan != _ZERO:
-        for i in range(p.out_width):
-            s.float32[y + i] = nan
-    for k in range(p.channels - p.out_width):
-        channel, none = y + np.int64(w.int32[p.more_outputs + 2 * k]), w.int32[p.more_outputs + 2 * k + 1]
-        more = np.float32(np.int32(codes.data[codes.at + p.out_width + k]) - none)
-        s.float32[channel] = s.float32[channel] + more * scale
-    for i in range(p.out_width, round_up(p.out_width, VIRTUAL_LANES)):
-        s.float32[y + i] = _ZERO
-    finish_row(s.float32, y, p.out_width, residual, row, p.norm_last, w.float32, p.at_last, out)
 
 
 # --- codes to codes ----------------------------------------------------------------------------------------------
@@ -339,58 +262,3 @@ def feed_forward_int8(parameters, addresses, scratch, task_queue, count):
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
         parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)
-
-
-# --- the two ends alone, for a layer between them that takes codes -----------------------------------------------
-
-@inline
-def copy_codes(s, at, count, codes, to):
-    """Codes of unsigned operands from `at` on, to wherever `to` is."""
-    whole, groups = count // (4 * LANES) * LANES, pointer_to(address_of(codes) + to, np.int32)
-    for i in range(0, whole, LANES):
-        store(groups, i, load(s.int32, at + i) ^ splat(FLIP))
-    for i in range(4 * whole, count):
-        codes[to + i] = s.int8[4 * at + i] ^ BYTE_FLIP
-
-
-@task
-def rows_to_codes_part(p, a, scratch, portion, worker, part):
-    """A portion of the rows."""
-    s, w, own = scratch_at(scratch), scratch_at(a.weights), worker * p.private_size
-    codes, nan, at = pointer_to(a.codes, np.int8), pointer_to(a.nan, np.float32), own + p.at_x
-    end = min((part + 1) * portion, p.rows)
-    for row in range(part * portion, end, AT_ONCE):
-        rows = min(AT_ONCE, end - row)
-        separately(read_codes, (s, w, p, a.x, row, rows, at, own + p.at_nan, own))
-        for r in range(rows):
-            nan[row + r] = s.float32[own + p.at_nan + r]
-            copy_codes(s, at + r * p.depth4, p.columns, codes, (row + r) * p.columns)
-
-
-@jit
-def rows_to_codes(parameters, addresses, scratch, task_queue, count):
-    """Codes of rows or of their norm, the first step of `feed_forward_int8`; nan: of each row, 0 or NaN.
-
-    parameters FEED_FORWARD, addresses ENDS; scratch: `private_size` elements for each of `count` threads.
-    """
-    p, a = named(parameters, FEED_FORWARD), located(addresses, ENDS)
-    portion, parts = parts_of_rows(p.rows, BLOCK, count)
-    parallel_for(task_queue, parts, rows_to_codes_part, p, a, address_of(scratch), portion)
-
-
-@task
-def codes_to_rows_part(p, a, scratch, portion, worker, part):
-    """A portion of the rows."""
-    s, w, own = scratch_at(scratch), scratch_at(a.weights), worker * p.private_size
-    nan, codes = pointer_to(a.nan, np.float32), pointer_to(a.codes, np.int8)
-    for row in range(part * portion, min((part + 1) * portion, p.rows)):
-        some = Part(codes, row * p.channels)
-        separately(write_codes, (s, w, p, some, nan[row], a.residual, a.x, row, own))
-
-
-@jit
-def codes_to_rows(parameters, addresses, scratch, task_queue, count):
-    """Rows of codes, residual and norm, the last step of `feed_forward_int8`: to x; otherwise as `rows_to_codes`."""
-    p, a = named(parameters, FEED_FORWARD), located(addresses, ENDS)
-    portion, parts = parts_of_rows(p.rows, BLOCK, count)
-    parallel_for(task_queue, parts, codes_to_rows_part, p, a, address_of(scratch), portion)
