@@ -41,16 +41,21 @@ class Panels(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where products go, as float32: rows from `at` on, `row` apart; begun: they are added to what is there.
-
-    finished: they are not, and become y s + b + x_J V_J: where the scales, biases and V, rows `v_step` apart, of these
-    channels are, how many features are `apart`, and where x_J of the first row is.
-    """
+    """Where products go, as float32: rows from `at` on, `row` apart; begun: they are added to what is there."""
 
     at: int
     row: int
     begun: bool
-    finished: bool
+
+
+class Finish(NamedTuple):
+    """What becomes of sums y where they are the last: y s + b + x_J V_J.
+
+    Where the scales, biases and V, rows `v_step` apart, of these channels are, how many features are `apart`, and where
+    x_J of the first row is.
+    """
+
+    is_last: bool
     at_s: int
     at_b: int
     at_v: int
@@ -66,24 +71,24 @@ def scale_and_add(y, factors, at, behind):
 
 
 @inline
-def finish_tile(tile, t, f, m, x, out):
-    """The products of rows from t on and channels from f on, times each row's scale, as `out` says."""
+def finish_tile(tile, t, f, m, x, out, finish):
+    """The products of rows from t on and channels from f on, times each row's scale, to Sums as Finish says."""
     to = out.at + t * out.row + f
     if out.begun:
         tile_accumulate(tile, m.f, x.at_scale + t, m.f, to, out.row)
-    elif out.finished:
-        y = tile_map(tile_scale(tile, m.f, x.at_scale + t), scale_and_add, m.factors, out.at_s + f, LANES,
-                     out.at_b - out.at_s)
-        for k in range(out.apart):
-            y = outer_product(y, m.f, out.at_apart + t * COLUMNS_APART + k, COLUMNS_APART, m.factors,
-                              out.at_v + k * out.v_step + f)
+    elif finish.is_last:
+        y = tile_map(tile_scale(tile, m.f, x.at_scale + t), scale_and_add, m.factors, finish.at_s + f, LANES,
+                     finish.at_b - finish.at_s)
+        for k in range(finish.apart):
+            y = outer_product(y, m.f, finish.at_apart + t * COLUMNS_APART + k, COLUMNS_APART, m.factors,
+                              finish.at_v + k * finish.v_step + f)
         tile_store(y, m.f, to, out.row, LANES)
     else:
         tile_store(tile_scale(tile, m.f, x.at_scale + t), m.f, to, out.row, LANES)
 
 
 @inline
-def multiply_tile(tile, rows, t, f, at_next, pace, m, x, w, out):
+def multiply_tile(tile, rows, t, f, at_next, pace, m, x, w, out, finish):
     """A tile of zeros, plus x w^T + minus c, finished: a step of product_of_rows."""
     tile, groups4 = tile_add_outer(tile, m.i, x.at_minus + t, m.weights, w.at_c + f), x.groups4
     if AS_WORDS:
@@ -93,50 +98,51 @@ def multiply_tile(tile, rows, t, f, at_next, pace, m, x, w, out):
     else:
         tile = multiply_near(tile, Groups(m.u, x.at, groups4, 1), t, m.weights, w.at + f * groups4, groups4, at_next,
                              pace)
-    finish_tile(tile, t, f, m, x, out)
+    finish_tile(tile, t, f, m, x, out, finish)
 
 
 @inline
-def start_sums(tile, t, f, m, x, w, out):
+def start_sums(tile, t, f, m, x, w, out, finish):
     """What a tile of zeros is before products are added."""
     tile = tile_add_outer(tile, m.i, x.at_minus + t, m.weights, w.at_c + f)
     return tile_add_columns(tile_add_down(tile, m.i, x.at_own + t), m.weights, w.at_c + w.own_step + f)
 
 
 @inline
-def finish_sums(tile, rows, t, f, m, x, w, out):
+def finish_sums(tile, rows, t, f, m, x, w, out, finish):
     """finish_tile(), as product_of_words calls it."""
-    finish_tile(tile, t, f, m, x, out)
+    finish_tile(tile, t, f, m, x, out, finish)
 
 
 @task
-def product_rows(m, x, rows, w, features, out, at_wide):
-    """out (rows, features) = scale (x w^T + minus c), or what `out` says.
+def product_rows(m, x, rows, w, features, out, finish, at_wide):
+    """out (rows, features) = scale (x w^T + minus c), added to what is there or finished.
 
-    x: Codes; w: Panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w; out: Sums; at_wide: room for words
+    x: Codes; w: Panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w; out: Sums; finish: Finish;
+    at_wide: room for words
     """
     if ADDS_FIRST:
         if rows == 1:
             for f in range(0, features, WIDTH):
                 tile = tile_of_products(1, COLUMNS, m.i, x.at_minus, m.weights, w.at_c + f)
                 tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4)
-                finish_tile(tile, 0, f, m, x, out)
+                finish_tile(tile, 0, f, m, x, out, finish)
             return
-        product_of_words(start_sums, finish_sums, (m, x, w, out), Words(m.i, x.at, x.groups4, at_wide), rows,
+        product_of_words(start_sums, finish_sums, (m, x, w, out, finish), Words(m.i, x.at, x.groups4, at_wide), rows,
                          m.weights, w.at, features)
     else:
-        product_of_rows(multiply_tile, (m, x, w, out), rows, features, w.at, x.groups4, m.weights)
+        product_of_rows(multiply_tile, (m, x, w, out, finish), rows, features, w.at, x.groups4, m.weights)
 
 
 @task
-def scale_rows(m, at, row_step, rows, features, at_s, at_b, at_v, v_step, apart, at_apart):
-    """y = y s + b, then + x_J V_J for each J; y (rows, features) at `at`."""
+def scale_rows(m, at, row_step, rows, features, finish):
+    """What Finish says of sums (rows, features) at `at`, in place."""
     for r in range(rows):
-        here, kept = at + r * row_step, at_apart + r * COLUMNS_APART
+        here, kept = at + r * row_step, finish.at_apart + r * COLUMNS_APART
         for f in range(0, features, LANES):
-            y = fma(load(m.f, here + f), load(m.factors, at_s + f), load(m.factors, at_b + f))
-            for k in range(apart):
-                y = fma(splat(m.f[kept + k]), load(m.factors, at_v + k * v_step + f), y)
+            y = fma(load(m.f, here + f), load(m.factors, finish.at_s + f), load(m.factors, finish.at_b + f))
+            for k in range(finish.apart):
+                y = fma(splat(m.f[kept + k]), load(m.factors, finish.at_v + k * finish.v_step + f), y)
             store(m.f, here + f, y)
 
 

@@ -9,7 +9,7 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, multiply_rows
 from .dynamic import COLUMNS_APART
-from .dynamic_products import Panels, Sums, add_second, product_rows, scale_rows
+from .dynamic_products import Finish, Panels, Sums, add_second, product_rows, scale_rows
 from .dynamic_rows import (
     BLOCK,
     ROWS_OF,
@@ -39,16 +39,14 @@ OWN_TERMS = 1 if ADDS_FIRST else 0  # whether minus a channel's own products are
 def raise_rows(m, p, base, own, rows, g):
     """The hidden features g .. g + GROUP of the rows at base, as bytes."""
     features = min(GROUP, p.hidden_up - g)
-    at, at_gate, x4 = own + p.at_hidden, own + p.at_gate, p.groups4
-    x, at_apart = codes_of_rows(p, base), base + p.at_apart
-    out = Sums(at, ROW, False, True, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1, at_apart)
-    separately(product_rows, (m, x, rows, Panels(p.w1 + g * x4, p.c1 + g, p.hidden_up), features, out,
-                              own + p.at_wide))
+    at, at_gate, x = own + p.at_hidden, own + p.at_gate, codes_of_rows(p, base)
+    w = Panels(p.w1 + g * p.groups4, p.c1 + g, p.hidden_up)
+    finish = Finish(True, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1, base + p.at_apart)
+    separately(product_rows, (m, x, rows, w, features, Sums(at, ROW, False), finish, own + p.at_wide))
     if p.gated != 0:
-        out = Sums(at_gate, ROW, False, True, p.gate_s + g, p.gate_b + g, p.gate_v + g, p.hidden_up, p.apart1,
-                   at_apart)
-        separately(product_rows, (m, x, rows, Panels(p.gate_w + g * x4, p.gate_c + g, p.hidden_up), features, out,
-                                  own + p.at_wide))
+        w = Panels(p.gate_w + g * p.groups4, p.gate_c + g, p.hidden_up)
+        finish = Finish(True, p.gate_s + g, p.gate_b + g, p.gate_v + g, p.hidden_up, p.apart1, base + p.at_apart)
+        separately(product_rows, (m, x, rows, w, features, Sums(at_gate, ROW, False), finish, own + p.at_wide))
         separately(activate_rows, (p.activation, True, m.f, at_gate, ROW, rows, features))
         multiply_rows(m.f, at_gate, ROW, m.f, at, ROW, rows, features)
     else:
@@ -69,16 +67,16 @@ def lower_rows(m, p, base, own, rows, g, n, features):
     x = Codes(base + p.at_codes + number * p.codes_step, groups4, base + p.at_code_scale + scales,
               base + p.at_code_minus + scales, base + p.at_code_own + scales)
     w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + OWN_TERMS) + n, p.columns)
-    out = Sums(base + p.at_sums + n, p.columns, g > 0, False, 0, 0, 0, 0, 0, 0)
-    separately(product_rows, (m, x, rows, w, features, out, own + p.at_wide))
+    out, finish = Sums(base + p.at_sums + n, p.columns, g > 0), Finish(False, 0, 0, 0, 0, 0, 0)
+    separately(product_rows, (m, x, rows, w, features, out, finish, own + p.at_wide))
 
 
 @inline
 def finish_dynamic_rows(m, p, a, base, r0, row, rows):
     """All that follows the sums of the rows at base, from r0 on, which are those from `row` on."""
     at = base + p.at_sums + r0 * p.columns
-    separately(scale_rows, (m, at, p.columns, rows, p.columns, p.s2, p.b2, p.v2, p.columns, p.apart2, base +
-                            p.at_hidden_apart + r0 * COLUMNS_APART))
+    finish = Finish(True, p.s2, p.b2, p.v2, p.columns, p.apart2, base + p.at_hidden_apart + r0 * COLUMNS_APART)
+    separately(scale_rows, (m, at, p.columns, rows, p.columns, finish))
     for r in range(rows):
         add_second(m, at + r * p.columns, p.out_up, p.low, p.lows)
         separately(finish_row, (m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm_last, m.factors,

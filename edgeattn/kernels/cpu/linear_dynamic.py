@@ -8,7 +8,7 @@ from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows
-from .dynamic_products import Panels, Sums, add_second, product_rows
+from .dynamic_products import Finish, Panels, Sums, add_second, product_rows
 from .dynamic_rows import (
     BLOCK,
     ROWS_OF,
@@ -28,10 +28,9 @@ LINEAR = record("rows width out_width out_up columns groups4 activation norm w c
 @inline
 def multiply_linear(m, p, base, own, rows, f, features):
     """The channels from f on of the rows at base, without the second ones."""
-    out = Sums(base + p.at_sums + f, p.columns, False, True, p.s + f, p.b + f, p.v + f, p.columns, p.apart,
-               base + p.at_apart)
-    separately(product_rows, (m, codes_of_rows(p, base), rows, Panels(p.w + f * p.groups4, p.c + f, p.columns),
-                              features, out, own + p.at_wide))
+    w, out = Panels(p.w + f * p.groups4, p.c + f, p.columns), Sums(base + p.at_sums + f, p.columns, False)
+    finish = Finish(True, p.s + f, p.b + f, p.v + f, p.columns, p.apart, base + p.at_apart)
+    separately(product_rows, (m, codes_of_rows(p, base), rows, w, features, out, finish, own + p.at_wide))
 
 
 @inline
