@@ -4,6 +4,7 @@ Parameters and addresses are arrays of int64, records by name inside (see record
 and weights, and where the arrays of one call lie.  Both are made once for many calls: the second says where a list
 is, in which a call puts its arrays, and the kernel asks these for their addresses, see `records.located`.
 """
+import copy
 import ctypes
 import functools
 import struct
@@ -88,11 +89,7 @@ class PreparedCall:
         return self._with(self._addresses[:-len(words)] + words, owner)
 
     def _with(self, addresses, owner):
-        other = object.__new__(PreparedCall)
-        other._function, other._dtype, other._own, other.parameters = (
-            self._function, self._dtype, self._own, self.parameters)
-        other.shared, other.private, other._work, other._jobs = self.shared, self.private, self._work, self._jobs
-        other._alone, other._bytes = self._alone, self._bytes
+        other = copy.copy(self)
         other._addresses, other._frames, other._fours, other._owner = addresses, [], [], owner
         return other
 
