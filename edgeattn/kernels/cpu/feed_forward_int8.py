@@ -39,11 +39,9 @@ from .simd import (
     splat,
     store,
     store_bytes,
-    tile_add_columns,
-    tile_add_down,
 )
 from .views import Blocks
-from .word_products import Words, product_of_words, split_row
+from .word_products import Words, row_product_of_words, split_row
 
 WIDE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for the words of a panel
 FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features are a multiple of
@@ -88,26 +86,12 @@ def finish_codes(tile, rows, t, f, scaling, flip, out):
     finish_bytes(tile, t, f, scaling, flip, out)
 
 
-@inline
-def start_words(tile, t, f, s, x, panels, own_step, finish_with):
-    """What a tile of zeros is before products are added, as product_of_words calls it."""
-    tile = tile_add_columns(tile_add_down(tile, s.int32, x.at_own + t), panels.bias, panels.at_bias + f)
-    return tile_add_columns(tile, panels.bias, panels.at_bias + own_step + f)
-
-
-@inline
-def finish_words(tile, rows, t, f, s, x, panels, own_step, finish_with):
-    """finish_codes(), as product_of_words calls it."""
-    finish_codes(tile, rows, t, f, *finish_with)
-
-
 @task
 def product_of_codes(s, x, rows, panels, scaling, flip, out, at_tiles):
     """Codes of x w^T + bias, ^ flip, to out, whose blocks are whole rows."""
     if ADDS_FIRST and rows > 1:
         words = Words(s.int32, x.at_words, x.depth4, at_tiles + WIDE)
-        product_of_words(start_words, finish_words, (s, x, panels, scaling.features, (scaling, flip, out)), words, rows,
-                         panels.data, panels.at, panels.features)
+        row_product_of_words(finish_codes, (scaling, flip, out), words, x.at_own, rows, panels, scaling.features)
     else:
         row_product(finish_codes, (scaling, flip, out), Groups(s.uint32, x.at, x.depth4, 1), rows, panels,
                     Part(s.int32, at_tiles))

@@ -33,13 +33,11 @@ from .simd import (
     outer_product,
     pointer_to,
     store,
-    tile_add_columns,
-    tile_add_down,
     tile_dequantize,
     tile_store,
 )
 from .views import Rows
-from .word_products import Words, product_of_words, split_row, terms_of, words_scratch
+from .word_products import Words, row_product_of_words, split_row, terms_of, words_scratch
 
 TILES_SIZE = TILES_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
 # `x` (rows, width) and `out` (rows, out_width) float32; weights int32: byte panels (features / WIDTH, depth4, WIDTH),
@@ -110,18 +108,6 @@ def _finish_rows(tile, rows, t, f, scales, projection, apart, tokens, features, 
             out.data[to + i * out.step + j] = own.float32[at_edge + i * WIDTH + j]
 
 
-@inline
-def _start_words(tile, t, f, panels, own_step, own, at_own, finish_with):
-    """Of a tile of zeros what is added to sums."""
-    tile = tile_add_columns(tile_add_down(tile, own.int32, at_own + t), panels.bias, panels.at_bias + f)
-    return tile_add_columns(tile, panels.bias, panels.at_bias + own_step + f)
-
-
-@inline
-def _finish_words(tile, rows, t, f, panels, own_step, own, at_own, finish_with):
-    _finish_rows(tile, rows, t, f, *finish_with)
-
-
 @task
 def project_rows(x, tokens, scales, projection, apart, features, out, own, at_tiles):
     """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias + x_J V_J; what is packed has whole panels.
@@ -142,9 +128,8 @@ def project_rows(x, tokens, scales, projection, apart, features, out, own, at_ti
         at_words = at_own + TOKENS
         for t in range(tokens):
             split_row(x.data, x.at + t * depth4, depth4, own.int32, at_words, t, at_own + t)
-        product_of_words(_start_words, _finish_words, (panels, projection.own_step, own, at_own, finish_with),
-                         Words(own.int32, at_words, depth4, at_words + 2 * TOKENS * depth4), tokens,
-                         panels.data, panels.at, panels.features)
+        words = Words(own.int32, at_words, depth4, at_words + 2 * TOKENS * depth4)
+        row_product_of_words(_finish_rows, finish_with, words, at_own, tokens, panels, projection.own_step)
     else:
         row_product(_finish_rows, finish_with, Groups(x.data, x.at, depth4, 1), tokens, panels,
                     Part(own.int32, at_tiles))

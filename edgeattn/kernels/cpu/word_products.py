@@ -25,6 +25,8 @@ from .simd import (
     splat,
     split_words,
     sum_lanes,
+    tile_add_columns,
+    tile_add_down,
     tile_zero,
 )
 
@@ -148,3 +150,24 @@ def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
             _of_bytes(start, finish, arguments, tile_zero(3, COLUMNS, like), 3, x, w, at_panel, f)
         else:
             _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)
+
+
+@inline
+def _start_with_bias(tile, t, f, data, at_own, panels, own_step, finish, arguments):
+    tile = tile_add_columns(tile_add_down(tile, data, at_own + t), panels.bias, panels.at_bias + f)
+    return tile_add_columns(tile, panels.bias, panels.at_bias + own_step + f)
+
+
+@inline
+def _finish_with(tile, rows, t, f, data, at_own, panels, own_step, finish, arguments):
+    finish(tile, rows, t, f, *arguments)
+
+
+@inline
+def row_product_of_words(finish, arguments, x, at_own, rows, panels, own_step):
+    """byte_products.row_product of Words, whose minus own products are in x.data from at_own on.
+
+    own_step: how far behind the bias minus the weights' own products are.
+    """
+    product_of_words(_start_with_bias, _finish_with, (x.data, at_own, panels, own_step, finish, arguments), x, rows,
+                     panels.data, panels.at, panels.features)
