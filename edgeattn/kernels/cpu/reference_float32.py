@@ -136,6 +136,41 @@ def _add_to_scores(p, a, b, h, i, position, first, last, scores, permitted):
         scores[j] = masked_score(scores[j], added)
 
 
+@inline
+def _scores_of_row(p, query, at, columns, first, last, scores):
+    # A column of keys at a time, so that the inner loop runs along keys.
+    scale, softcap = double(p.scale), double(p.softcap)
+    for j in range(first, last):
+        scores[j] = 0
+    for d in range(p.head_size):
+        number = np.float64(query[at + d])
+        for j in range(first, last):
+            scores[j] += number * np.float64(columns[d * p.keys + j])
+    for j in range(first, last):
+        scores[j] *= scale
+    if softcap != 0:
+        for j in range(first, last):
+            scores[j] = softcap * math.tanh(scores[j] / softcap)
+
+
+@inline
+def _powers_of_row(first, last, scores, permitted, powers):
+    # The powers of the permitted keys' scores less the highest, which is returned, and their sum. One whose score is
+    # -inf is none. NaN wins no comparison, and spreads from the sum.
+    highest = -np.inf
+    for j in range(first, last):
+        if scores[j] == -np.inf:
+            permitted[j] = 0
+        if permitted[j] != 0 and scores[j] > highest:
+            highest = scores[j]
+    total = 0.0
+    for j in range(first, last):
+        if permitted[j] != 0:
+            powers[j] = math.exp(np.float32(scores[j] - highest))
+            total += powers[j]
+    return highest, total
+
+
 @task
 def _attend_part(p, a, scratch, portion, worker, part):
     # A portion of the rows of all batch entries and heads.
@@ -147,8 +182,7 @@ def _attend_part(p, a, scratch, portion, worker, part):
     permitted = pointer_to(own + 4 * p.at_permitted, np.uint8)
     query, key, value, out = (pointer_to(a.query, np.float32), pointer_to(a.key, np.float32),
                               pointer_to(a.value, np.float32), pointer_to(a.out, np.float32))
-    weights, lse, scale, softcap = (pointer_to(a.weights, np.float32), pointer_to(a.lse, np.float32), double(p.scale),
-                                    double(p.softcap))
+    weights, lse = pointer_to(a.weights, np.float32), pointer_to(a.lse, np.float32)
     ready = np.int64(-1)
     for row in range(part * portion, min((part + 1) * portion, p.batch * p.heads * p.queries)):
         b, h, i = row // (p.heads * p.queries), row // p.queries % p.heads, row % p.queries
@@ -159,32 +193,11 @@ def _attend_part(p, a, scratch, portion, worker, part):
         position = i + pointer_to(a.offset, np.int64)[b]
         # 1. The keys that may be seen.
         first, last = _permitted_keys(p, a, b, h, i, position, permitted)
-        # 2. Scores, a column of keys at a time so that the inner loop runs along keys.
-        for j in range(first, last):
-            scores[j] = 0
-        for d in range(D):
-            number = np.float64(query[row * D + d])
-            for j in range(first, last):
-                scores[j] += number * np.float64(columns[d * S + j])
-        for j in range(first, last):
-            scores[j] *= scale
-        if softcap != 0:
-            for j in range(first, last):
-                scores[j] = softcap * math.tanh(scores[j] / softcap)
+        # 2. Scores.
+        _scores_of_row(p, query, row * D, columns, first, last, scores)
         _add_to_scores(p, a, b, h, i, position, first, last, scores, permitted)
-        # 3. Softmax over the permitted keys; one whose score is -inf is none. NaN wins no comparison, and spreads from
-        # the sum.
-        highest = -np.inf
-        for j in range(first, last):
-            if scores[j] == -np.inf:
-                permitted[j] = 0
-            if permitted[j] != 0 and scores[j] > highest:
-                highest = scores[j]
-        total = 0.0
-        for j in range(first, last):
-            if permitted[j] != 0:
-                powers[j] = math.exp(np.float32(scores[j] - highest))
-                total += powers[j]
+        # 3. Softmax over the permitted keys.
+        highest, total = _powers_of_row(first, last, scores, permitted, powers)
         if a.lse != 0:
             # without a permitted key: -inf, the log of an empty sum
             lse[row] = highest if total == 0 else highest + math.log(total)
