@@ -5,13 +5,14 @@ on its neighbours.
 """
 import numpy as np
 
-from edgeattn.runtime.compiler import NamedTuple, inline
+from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
 
-from .byte_products import DEPTH_STEP, lane_product
+from .byte_products import DEPTH_STEP, READ_AHEAD, lane_product
 from .dynamic import TOKENS
 from .int8_operands import FLIP, add_lane_term, lacking_sum
 from .int8_views import Part
 from .matmul import round_up
+from .records import place
 from .score_masks import mask_scores
 from .simd import (
     LANES,
@@ -107,10 +108,29 @@ class Block(NamedTuple):
     is_last: bool
 
 
+@register_jitable
+def values_row(S):
+    """Elements of a row of values, one feature's bytes of all keys."""
+    return round_up(S, 64) // 4
+
+
+@register_jitable
+def lay_out_values(p, start, heads, rows, S):
+    """Lay out values, `rows` features of each head, and what scales them and S keys; where the next may begin."""
+    S_up = heads * round_up(S, TOKENS)
+    p.at_values, size = place(start, (heads * rows + READ_AHEAD) * values_row(S) + READ_AHEAD)
+    p.at_kterm, size = place(size, S_up)
+    p.at_kscale, size = place(size, S_up)
+    p.at_vlog, size = place(size, S_up)
+    p.at_vinverse, size = place(size, S_up)
+    p.at_units, size = place(size, heads)
+    return size
+
+
 @inline
-def values_of(kv, rows, step, p, shared):
+def values_of(kv, rows, p, shared):
     """The values of a head, `rows` features, that `quantize_values` left."""
-    S_up = round_up(p.keys, TOKENS)
+    S_up, step = round_up(p.keys, TOKENS), values_row(p.keys)
     return Values(shared.int32, p.at_values + kv * rows * step, step, shared.float32, p.at_vlog + kv * S_up,
                   p.at_vinverse + kv * S_up, shared.float32[p.at_units + kv])
 

@@ -12,6 +12,7 @@ import numpy as np
 from edgeattn.runtime.calls import separately
 from edgeattn.runtime.compiler import inline
 
+from .attend_dynamic import values_row
 from .dynamic import (
     TOKENS,
     depth_groups,
@@ -32,12 +33,6 @@ from .positions import place_keys, place_queries
 from .projection_dynamic import Apart, project_rows, set_apart
 from .simd import LANES, WIDTH, first_lane, load, pointer_to, store, transpose_block
 from .views import Heads, Rows
-
-
-@inline
-def values_row(S):
-    """Elements of a row of values, one feature's bytes of all keys."""
-    return round_up(S, 64) // 4
 
 
 @inline

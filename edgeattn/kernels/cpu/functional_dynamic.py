@@ -5,7 +5,7 @@ from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.plan_cache import planned
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, values_of
+from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, lay_out_values, values_of, values_row
 from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP
 from .call import PreparedCall
 from .dynamic import (
@@ -114,7 +114,7 @@ def key_block(k, head, kv, t, is_first, p, shared, own):
 @inline
 def value_block(v, head, kv, t, is_first, p, shared, own):
     """Values from t on of a head, in units that fit those of the block that comes first, to rows of bytes."""
-    Dv, Dvp, row = p.value_size, round_up(p.value_size, 4), round_up(p.keys, 64) // 4
+    Dv, Dvp, row = p.value_size, round_up(p.value_size, 4), values_row(p.keys)
     if is_first:
         for b in range(BLOCKS):
             turn_block(v, head, t, b, Dv, p, own, p.at_rows)
@@ -167,7 +167,7 @@ def attend_block(p, a, batch, h, q0, shared, own):
     at = kv * round_up(S, TOKENS)
     attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale, queries),
                  Keys(shared.int32, at * K4, K4, p.at_kterm + at, shared.float32, p.at_kscale + at),
-                 values_of(kv, Dvp, round_up(S, 64) // 4, p, shared), Dvp,
+                 values_of(kv, Dvp, p, shared), Dvp,
                  Visible(first, last, full_from, full_to, q0, band, p.low, p.high),
                  ScoreMask(own.float32, p.at_masks, first, masked), adds, p, own, p.at_context)
     # 3. rows of the context
@@ -206,16 +206,9 @@ def plan(p, masked):
     """Write where what a call needs lies in its scratch into p; (shared, private) elements of that."""
     Hkv, S, D, Dv = p.kv_heads, p.keys, p.head_size, p.value_size
     Dvp, D_up, Dv_up = round_up(Dv, 4), round_up(D, LANES), round_up(Dv, LANES)
-    D4, K4, S_up = -(-D // 4), round_up(-(-D // 4), LANES), round_up(S, TOKENS)
-    past = READ_AHEAD  # and of a row past the last number
-    shared = round_up((Hkv * S_up + past) * K4 + past, 16)  # the keys
-    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
-    p.at_kterm, shared = place(shared, Hkv * S_up)
-    p.at_kscale, shared = place(shared, Hkv * S_up)
-    p.at_vlog, shared = place(shared, Hkv * S_up)
-    p.at_vinverse, shared = place(shared, Hkv * S_up)
-    p.at_mean, shared = place(shared, Hkv * D_up)
-    p.at_units, shared = place(shared, Hkv)
+    D4, K4 = -(-D // 4), round_up(-(-D // 4), LANES)
+    keys = round_up((Hkv * round_up(S, TOKENS) + READ_AHEAD) * K4 + READ_AHEAD, 16)
+    p.at_mean, shared = place(lay_out_values(p, keys, Hkv, Dvp, S), Hkv * D_up)
     p.at_row_major, private = place(0, WIDTH * max(D_up, Dv_up))
     p.at_rows, private = place(private, TOKENS * max(D_up, Dv_up))
     p.at_weights, private = place(private, TOKENS)

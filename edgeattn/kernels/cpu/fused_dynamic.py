@@ -23,7 +23,7 @@ from .dynamic import (
     scale_of,
     turn,
 )
-from .dynamic_heads import project_block, values_row
+from .dynamic_heads import project_block
 from .fused import QUERIES
 from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
@@ -124,7 +124,7 @@ def attend_head(h, q0, seen, mask, adds, p, shared, kept, own):
     queries = Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), shared.float32,
                       p.at_qscale + q0 * H + h * WIDTH, min(WIDTH, p.queries - q0))
     keys = Keys(kept.int32, kv * D4, K4, p.at_kterm + kv * S_up, kept.float32, p.at_kscale + kv * S_up)
-    values = values_of(kv, Dvp, values_row(p.keys), p, kept)
+    values = values_of(kv, Dvp, p, kept)
     attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * Dvp * WIDTH)
 
 

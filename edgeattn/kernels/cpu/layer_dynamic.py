@@ -7,7 +7,7 @@ from edgeattn.runtime.compiler import register_jitable
 from edgeattn.runtime.plan_cache import PlanCache, shared_plans
 
 from . import fused_dynamic as f
-from .attend_dynamic import KEY_BLOCK
+from .attend_dynamic import KEY_BLOCK, lay_out_values
 from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels
 from .call import PreparedCall
 from .dynamic import COLUMNS_APART, STEP, TOKENS
@@ -77,17 +77,11 @@ def plan(p, B, L, S, masked):
     p.batch, p.queries, p.keys = B, L, S
     H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
     S_up, L_up, K4 = round_up(S, TOKENS), round_up(L, TOKENS), round_up(Hkv * Dp // 4, LANES)
-    past = READ_AHEAD  # and of a row past the last number
-    shared = round_up((S_up + past) * K4 + past, 16)  # the keys
-    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
-    p.at_kterm, shared = place(shared, Hkv * S_up)
-    p.at_kscale, shared = place(shared, Hkv * S_up)
-    p.at_vlog, shared = place(shared, Hkv * S_up)
-    p.at_vinverse, shared = place(shared, Hkv * S_up)
+    keys = round_up((S_up + READ_AHEAD) * K4 + READ_AHEAD, 16)
+    shared = lay_out_values(p, keys, Hkv, Dvp, S)
     p.at_mean, shared = place(shared, round_up(Hkv * Dp, WIDTH) + LANES)
     p.at_key_factors, shared = place(shared, round_up(Hkv * Dp, WIDTH))
     p.at_smooth, shared = place(shared, 1)
-    p.at_units, shared = place(shared, Hkv)
     p.kept_size = shared
     p.at_queries, shared = place(shared, L_up * H * (Dp // 4))
     p.at_qscale, shared = place(shared, L_up * H)
