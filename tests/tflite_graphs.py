@@ -160,105 +160,110 @@ class Form:
 
 def converted(layer, B, L, S, form=None, value_ops=()) -> Graph:
     """``layer`` as a graph in ``form``: computes the same bytes as our own, but for MUL of values."""
-    form = form or Form()
-    graph, t, H = Graph(), layer.tensors, layer.num_heads
+    return _Converter(layer, B, L, S, form or Form(), value_ops).graph
 
-    def apply(name, operands, shape, quantization, options=None, version=1, dtype=np.int8):
-        y = graph.activation(f"{name.lower()}_{len(graph.tensors)}", shape, dtype, quantization)
-        graph.operator(name, operands, y, options, version)
+
+class _Converter:
+    def __init__(self, layer, B, L, S, form, value_ops):
+        self.layer, self.sizes, self.form, self.graph = layer, (B, L, S), form, Graph()
+        self.ops = {"query": layer.query_ops, "key": layer.key_ops, "value": value_ops}
+        y = self.attend(*self.inputs())
+        if form.float_edges:
+            y = self.apply("DEQUANTIZE", [y], self.shape(y), None, version=2, dtype=np.float32)
+        self.graph.outputs = [y]
+
+    def shape(self, x):
+        return self.graph.tensors[x].shape
+
+    def apply(self, name, operands, shape, quantization, options=None, version=1, dtype=np.int8):
+        y = self.graph.activation(f"{name.lower()}_{len(self.graph.tensors)}", shape, dtype, quantization)
+        self.graph.operator(name, operands, y, options, version)
         return y
 
-    def reshape(x, shape, quantization):
-        target = graph.constant(f"shape_{len(graph.tensors)}", np.array(shape, np.int32))
-        return apply("RESHAPE", [x, target], shape, quantization, {"new_shape": shape})
+    def apply_to(self, x, name, constant, quantization):
+        """MUL or ADD of a tensor and a constant."""
+        operands = [x, constant] if self.form.scores_first else [constant, x]
+        return self.apply(name, operands, self.shape(x), quantization, version=2)
 
-    def transpose(x, axes, quantization):
-        shape = [graph.tensors[x].shape[axis] for axis in axes]
-        permutation = graph.constant(f"axes_{len(graph.tensors)}", np.array(axes, np.int32))
-        return apply("TRANSPOSE", [x, permutation], shape, quantization, version=2)
+    def reshape(self, x, shape, quantization):
+        target = self.graph.constant(f"shape_{len(self.graph.tensors)}", np.array(shape, np.int32))
+        return self.apply("RESHAPE", [x, target], shape, quantization, {"new_shape": shape})
 
-    def project(name, x):
-        linear, width = layer.linears[name], layer.linears[name].weight.shape[1]
-        rows, source = graph.tensors[x].shape[:-1], t["context"] if name == "output" else layer.input_of(name)
-        if not form.keep_num_dims:
+    def transpose(self, x, axes, quantization):
+        shape = [self.shape(x)[axis] for axis in axes]
+        permutation = self.graph.constant(f"axes_{len(self.graph.tensors)}", np.array(axes, np.int32))
+        return self.apply("TRANSPOSE", [x, permutation], shape, quantization, version=2)
+
+    def inputs(self):
+        """The int8 tensors of queries, keys and values."""
+        (B, L, S), layer, found = self.sizes, self.layer, {}
+        for source in sorted(set(layer.sources)):
+            name = f"{INPUTS[source]}_input"
+            shape = (B, S if source else L, layer.linears[INPUTS[source]].weight.shape[1])
+            if self.form.float_edges:
+                x = self.graph.activation(name, shape, np.float32)
+                found[source] = self.apply("QUANTIZE", [x], shape, layer.tensors[name])
+            else:
+                x = found[source] = self.graph.activation(name, shape, np.int8, layer.tensors[name])
+            self.graph.inputs.append(x)
+        return [found[source] for source in layer.sources]
+
+    def project(self, name, x):
+        layer, linear = self.layer, self.layer.linears[name]
+        rows, source = self.shape(x)[:-1], layer.tensors["context"] if name == "output" else layer.input_of(name)
+        if not self.form.keep_num_dims:
             rows = (int(np.prod(rows)),)
-            x = reshape(x, (*rows, width), source)
-        operands = [x, graph.constant(f"{name}_weight", linear.weight, channel_scale=linear.scale)]
-        if linear.bias is None:
-            operands.append(-1)
-        else:
-            operands.append(
-                graph.constant(f"{name}_bias", linear.bias, channel_scale=source.scale * linear.scale)
-            )
-        return apply("FULLY_CONNECTED", operands, (*rows, linear.weight.shape[0]), t[name],
-                     {"keep_num_dims": form.keep_num_dims}, 5)
+            x = self.reshape(x, (*rows, linear.weight.shape[1]), source)
+        weight = self.graph.constant(f"{name}_weight", linear.weight, channel_scale=linear.scale)
+        bias = -1
+        if linear.bias is not None:
+            bias = self.graph.constant(f"{name}_bias", linear.bias, channel_scale=source.scale * linear.scale)
+        return self.apply("FULLY_CONNECTED", [x, weight, bias], (*rows, linear.weight.shape[0]), layer.tensors[name],
+                          {"keep_num_dims": self.form.keep_num_dims}, 5)
 
-    def heads(name, x, length, size, axes):
-        x = reshape(project(name, x), (B, length, H, size), t[name])
-        x, quantization = transpose(x, axes, t[name]), t[name]
-        for op in {"query": layer.query_ops, "key": layer.key_ops, "value": value_ops}[name]:
-            operands, quantization = [x, graph.constant("factor", np.array(op.code, np.int8), op.constant)], op.output
-            x = apply("MUL", operands if form.scores_first else operands[::-1], graph.tensors[x].shape, quantization,
-                      version=2)
-        return reshape(x, (B * H, *graph.tensors[x].shape[2:]), quantization) if form.merged_heads else x
+    def heads(self, name, x, length, size, transposed):
+        """A projection as heads, the last two axes changed where it is transposed."""
+        B, quantization = self.sizes[0], self.layer.tensors[name]
+        x = self.reshape(self.project(name, x), (B, length, self.layer.num_heads, size), quantization)
+        x = self.transpose(x, (0, 2, 3, 1) if transposed else (0, 2, 1, 3), quantization)
+        for op in self.ops[name]:
+            x = self.apply_to(x, "MUL", self.graph.constant("factor", np.array(op.code, np.int8), op.constant), op.output)
+            quantization = op.output
+        return self.reshape(x, (B * self.layer.num_heads, *self.shape(x)[2:]), quantization) if self.form.merged_heads else x
 
-    inputs = []
-    for source in sorted(set(layer.sources)):
-        name = f"{INPUTS[source]}_input"
-        shape = (B, S if source else L, layer.linears[INPUTS[source]].weight.shape[1])
-        if form.float_edges:
-            graph.inputs.append(graph.activation(name, shape, np.float32))
-            inputs.append(apply("QUANTIZE", [graph.inputs[-1]], shape, t[name]))
-        else:
-            graph.inputs.append(graph.activation(name, shape, np.int8, t[name]))
-            inputs.append(graph.inputs[-1])
-    query, key, value = (inputs[source] for source in layer.sources)
+    def changed_scores(self, scores):
+        """Scores after the layer's own operators on them."""
+        current = self.layer.tensors["scores"]
+        for op in self.layer.score_ops:
+            if isinstance(op, MulConstant):
+                constant = self.graph.constant("scale", np.array(op.code, np.int8), op.constant)
+                scores, current = self.apply_to(scores, "MUL", constant, op.output), op.output
+            elif isinstance(op, AddMask):
+                constant = self.graph.constant("mask", op.codes.reshape(op.codes.shape[-2:]), op.mask)
+                scores, current = self.apply_to(scores, "ADD", constant, op.output), op.output
+            elif isinstance(op, SelectMask):
+                keep = op.keep.reshape(op.keep.shape[-2:])
+                fill = self.graph.constant("fill", np.array([op.fill], np.int8), current)
+                condition = self.graph.constant("condition", keep if self.form.scores_first else ~keep)
+                either = [scores, fill] if self.form.scores_first else [fill, scores]
+                scores = self.apply("SELECT_V2", [condition, *either], self.shape(scores), current)
+        return scores
 
-    leading = (B * H,) if form.merged_heads else (B, H)
-    q = heads("query", query, L, layer.head_dim, (0, 2, 1, 3))
-    k = heads("key", key, S, layer.head_dim, (0, 2, 3, 1) if form.key_transposed else (0, 2, 1, 3))
-    scores = apply(
-        "BATCH_MATMUL", [q, k], (*leading, L, S), t["scores"], {"adj_y": not form.key_transposed}, 2
-    )
-    current = t["scores"]
-    for op in layer.score_ops:
-        if isinstance(op, MulConstant):
-            constant, current = graph.constant("scale", np.array(op.code, np.int8), op.constant), op.output
-            operands, name = [scores, constant], "MUL"
-        elif isinstance(op, AddMask):
-            constant, current = (
-                graph.constant("mask", op.codes.reshape(op.codes.shape[-2:]), op.mask),
-                op.output,
-            )
-            operands, name = [scores, constant], "ADD"
-        elif isinstance(op, SelectMask):
-            keep = op.keep.reshape(op.keep.shape[-2:])
-            fill = graph.constant("fill", np.array([op.fill], np.int8), current)
-            condition = graph.constant("condition", keep if form.scores_first else ~keep)
-            scores = apply(
-                "SELECT_V2",
-                [condition, *([scores, fill] if form.scores_first else [fill, scores])],
-                graph.tensors[scores].shape,
-                current,
-            )
-            continue
-        scores = apply(
-            name,
-            operands if form.scores_first else operands[::-1],
-            graph.tensors[scores].shape,
-            current,
-            version=2,
-        )
-    probabilities = apply("SOFTMAX", [scores], graph.tensors[scores].shape, PROBABILITIES, {"beta": 1.0}, 2)
-    v = heads("value", value, S, layer.value_dim, (0, 2, 3, 1) if form.value_transposed else (0, 2, 1, 3))
-    context = apply("BATCH_MATMUL", [probabilities, v], (*leading, L, layer.value_dim), t["context"],
-                    {"adj_y": form.value_transposed}, 2)
-    if form.merged_heads:
-        context = reshape(context, (B, H, L, layer.value_dim), t["context"])
-    y = reshape(transpose(context, (0, 2, 1, 3), t["context"]), (B, L, H * layer.value_dim), t["context"])
-    if "output" in layer.linears:
-        y = reshape(project("output", y), (B, L, layer.output_dim), t["output"])
-    if form.float_edges:
-        y = apply("DEQUANTIZE", [y], graph.tensors[y].shape, None, version=2, dtype=np.float32)
-    graph.outputs = [y]
-    return graph
+    def attend(self, query, key, value):
+        (B, L, S), layer, form, t = self.sizes, self.layer, self.form, self.layer.tensors
+        leading = (B * layer.num_heads,) if form.merged_heads else (B, layer.num_heads)
+        q = self.heads("query", query, L, layer.head_dim, False)
+        k = self.heads("key", key, S, layer.head_dim, form.key_transposed)
+        scores = self.apply("BATCH_MATMUL", [q, k], (*leading, L, S), t["scores"], {"adj_y": not form.key_transposed}, 2)
+        scores = self.changed_scores(scores)
+        probabilities = self.apply("SOFTMAX", [scores], self.shape(scores), PROBABILITIES, {"beta": 1.0}, 2)
+        v = self.heads("value", value, S, layer.value_dim, form.value_transposed)
+        context = self.apply("BATCH_MATMUL", [probabilities, v], (*leading, L, layer.value_dim), t["context"],
+                             {"adj_y": form.value_transposed}, 2)
+        if form.merged_heads:
+            context = self.reshape(context, (B, layer.num_heads, L, layer.value_dim), t["context"])
+        context = self.transpose(context, (0, 2, 1, 3), t["context"])
+        y = self.reshape(context, (B, L, layer.num_heads * layer.value_dim), t["context"])
+        if "output" in layer.linears:
+            y = self.reshape(self.project("output", y), (B, L, layer.output_dim), t["output"])
+        return y
