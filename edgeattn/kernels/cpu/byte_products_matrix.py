@@ -80,14 +80,14 @@ def linear(finish, arguments, x, tokens, panels, tiles):
 
 
 @inline
-def _finish_rows(tile, t, f, finish, arguments):
+def _finish_rows(tile, t, f, arguments, finish):
     finish(tile, ROWS, t, f, *arguments)
 
 
 @inline
 def row_product(finish, arguments, x, tokens, panels, tiles):
     """The unit multiplies 16 rows in the time of one."""
-    linear(_finish_rows, (finish, arguments), x, tokens, panels, tiles)
+    linear(_finish_rows, (arguments, finish), x, tokens, panels, tiles)
 
 
 @inline
