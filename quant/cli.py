@@ -133,8 +133,8 @@ def calibrate(source, data, output, observer, as_json):
 @click.argument("calibration", required=False, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
 @click.option("--scheme", type=click.Choice(["static", "dynamic"]),
-              help="static: int8 in and out, as a .tflite; dynamic: float in and out, without CALIBRATION. Unless "
-                   "given: static for a layer, dynamic for a model.")
+              help="static: every range from CALIBRATION, as in a .tflite; dynamic: ranges are found at run time. "
+                   "Unless given: static with CALIBRATION, dynamic for a model without.")
 @click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
               help="The TFLite kernel set that a static layer equals; litert unless given.")
 @click.option("--attention", type=click.Choice(["int8", "float32"]),
@@ -149,7 +149,8 @@ def calibrate(source, data, output, observer, as_json):
 def quantize(source, calibration, output, scheme, arithmetic, attention, room_for_masks, overrides, as_json):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
-    A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
+    A model needs no CALIBRATION unless it shall be static; with --scheme dynamic one chooses on your data which inputs
+    stay float32.
     """
     check_paths(output, source.path, calibration, suffix=".safetensors")
     overrides = dict(map(read_override, overrides)) or None
@@ -157,14 +158,14 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
     if precision(layer) != "float32":
         raise click.UsageError(f"{source.path} is int8 already: give the float one that it was made of")
     if isinstance(layer, MODELS):
-        scheme, attention = scheme or "dynamic", attention or "int8"
+        scheme, attention = scheme or ("dynamic" if calibration is None else "static"), attention or "int8"
         if scheme == "static" and calibration is None:
             raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or leave --scheme out")
         if calibration is None and "static" in (overrides or {}).values():
             raise click.UsageError("CALIBRATION is missing, which static int8 of an --override needs: run `quant "
                                    "calibrate` first")
         if scheme == "dynamic" and arithmetic is not None:
-            raise click.UsageError("--arithmetic needs --scheme static for a model")
+            raise click.UsageError("--arithmetic needs a static model: give CALIBRATION, and no --scheme dynamic")
         seen = None if calibration is None else ModelCalibration.load(calibration)
         with alive("quantizing"):
             edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,

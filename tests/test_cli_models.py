@@ -212,7 +212,7 @@ def test_the_whole_job(command, model, data, batches, tokens):
     assert out.splitlines()[0] == f"wrote c.safetensors: calibrated on {', '.join(data)}"
     seen = re.search(r"saw (\d+) tokens in (\d+) calls? of the model", out)
     assert int(seen[2]) == batches and int(seen[1]) <= tokens
-    out = command(["quant", "quantize", model, "c.safetensors", "-o", "q.safetensors"])
+    out = command(["quant", "quantize", model, "c.safetensors", "-o", "q.safetensors", "--scheme", "dynamic"])
     assert out == "wrote q.safetensors: dynamic int8, attention int8, float in and out\n"
     float_model = edgeattn.load(model) if isinstance(model, str) else edgeattn.from_pretrained(model)
     int8 = quant.quantize(float_model, quant.ModelCalibration.load("c.safetensors"), scheme="dynamic")
@@ -238,7 +238,8 @@ def test_quantize_without_data(command):
 
 def test_quantize_to_static(command):
     command("quant calibrate e.safetensors x.npy -o c.safetensors")
-    out = command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --arithmetic tflm")
+    # with CALIBRATION it is static, of a model as of a layer, and as quant.quantize(encoder, calibration) is
+    out = command("quant quantize e.safetensors c.safetensors -o q.safetensors --arithmetic tflm")
     assert out == "wrote q.safetensors: static int8, attention int8, float in and out\n"
     assert edgeattn.load("q.safetensors") == quant.quantize(
         edgeattn.load("e.safetensors"), quant.ModelCalibration.load("c.safetensors"), arithmetic="tflm")
@@ -294,7 +295,7 @@ def test_a_layers_comparison_as_json(command):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("quantize e.safetensors -o q.safetensors --arithmetic tflm", "--arithmetic needs --scheme static for a model"),
+    ("quantize e.safetensors -o q.safetensors --arithmetic tflm", "--arithmetic needs a static model: give CALIBRATION"),
     ("quantize e.safetensors -o q.safetensors --scheme static", "CALIBRATION is missing: run `quant calibrate` first"),
     ("quantize layer.safetensors -o q.safetensors --attention float32", "--attention must be left out for a layer"),
     ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
