@@ -73,7 +73,7 @@ def _parser():
 
 def _warmup(chosen):
     """Use every layer in each way; say what that cost, and whether a later process will find the machine code."""
-    did = []
+    did = [] if chosen.json else _Told()
     if not chosen.layers:
         with _compiling(did, "every kernel"):
             for entry in entries.ENTRIES.values():
@@ -93,13 +93,19 @@ def _warmup(chosen):
     if chosen.json:
         print(json.dumps({"compiled": did, "library": library, "cache": folder}, indent=1))
         return 0
-    for each in did:
-        new = each["kernels"]
-        print(f"{each['what']}: {each['seconds']:.2f} s, "
-              + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
     print(f"Kernels come compiled, in {library}" if library else f"Machine code is kept in {folder}" if folder else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
     return 0
+
+
+class _Told(list):
+    """What was compiled, each told as it is done: what comes after it may fail, or take minutes."""
+
+    def append(self, each):
+        """Print it."""
+        new = each["kernels"]
+        print(f"{each['what']}: {each['seconds']:.2f} s, "
+              + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"), flush=True)
 
 
 @contextlib.contextmanager

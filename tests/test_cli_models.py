@@ -88,6 +88,17 @@ def test_info_says_what_files_hold(command):
     assert "class StaticMultiHeadAttention, static int8, as litert computes" in parts[6]
 
 
+def test_what_was_read_is_told_before_what_cannot_be(folder, capsys):
+    for line, first in (("info e.safetensors none.safetensors", "e.safetensors: "),
+                        ("warmup e.safetensors none.safetensors --length 2", "e.safetensors, 2 tokens: "),
+                        ("bench e.safetensors none.safetensors --length 2", "")):
+        assert edgeattn.cli.main(line.split()) == 2
+        out, err = capsys.readouterr()
+        assert first in out.splitlines()[0] and err == "edgeattn: none.safetensors: No such file or directory\n"
+        assert edgeattn.cli.main([*line.split(), "--json"]) == 2
+        assert capsys.readouterr().out == ""
+
+
 def test_inspect_lists_the_attention_of_an_exported_encoder(command):
     encoder = edgeattn.load("e.safetensors")
     static = quant.quantize(encoder, quant.calibrate(encoder, [np.load("x.npy")]))
@@ -265,10 +276,16 @@ def test_export_of_an_encoder(command):
     x = np.load("x.npy")[:2]
     np.testing.assert_array_equal(edgeattn.load("again.safetensors")(x), edgeattn.load("q.safetensors")(x))
     for line, said in (("edgeattn info q.onnx --scheme static", "static int8, as litert computes"),
-                       ("edgeattn info q.onnx", "TransformerEncoder, float32"),
+                       ("edgeattn info q.onnx", "quantizers the file has some; float32 is what its weights stand for, "
+                        "--scheme static reads its int8 layers"),
+                       ("quant inspect q.onnx", "class: TransformerEncoder, float32"),
+                       ("quant inspect q.onnx", "quantizers: the file has some; float32 is what"),
                        ("quant inspect q.onnx --scheme static --arithmetic tflm", "static int8, as tflm computes"),
                        ("quant compare e.safetensors q.onnx x.npy", "arithmetic: static int8, as litert computes")):
         assert said in " ".join(command(line).split())
+    command("quant export e.safetensors f.onnx")
+    for line in ("edgeattn info q.onnx --scheme static", "edgeattn info f.onnx", "quant inspect f.onnx"):
+        assert "quantizers" not in command(line)
 
 
 def test_a_comparison_says_what_computes_also_of_a_bundle(command, monkeypatch):
