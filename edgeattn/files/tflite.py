@@ -388,10 +388,12 @@ class _Matcher(CheckedScores):
     def tell_of_pieces(self, tensor: int) -> None:
         """Of a block whose input is put together of features, which a caller has to do then."""
         maker = self.graph.operators[self.producers[tensor]] if tensor in self.producers else None
-        if maker is not None and maker.name == "CONCATENATION" and len(widths := [
-                self.tensor(number).shape[-1] for number in maker.inputs if number >= 0 and self.tensor(number).shape]) > 1:
-            told = (f"{self.name}: the block reads {sum(widths)} features, {self.tensor(tensor).name!r}, which CONCATENATION "
-                    f"makes of {widths[0]} and {sum(widths[1:])} more: the layer takes all of them")
+        if maker is None or maker.name != "CONCATENATION":
+            return
+        widths = [self.tensor(number).shape[-1] for number in maker.inputs if number >= 0 and self.tensor(number).shape]
+        if len(widths) > 1:
+            told = (f"{self.name}: the block reads {sum(widths)} features, {self.tensor(tensor).name!r}, which "
+                    f"CONCATENATION makes of {widths[0]} and {sum(widths[1:])} more: the layer takes all of them")
             self.told += [told] * (told not in self.told)
 
     def operands_of_edge(self, operator: Operator) -> tuple[int, ...]:
