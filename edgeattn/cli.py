@@ -11,6 +11,7 @@ import edgeattn
 from edgeattn import cli_encode, cli_info, messages
 from edgeattn.alive import alive
 from edgeattn.cli_open import FORMS, open_model
+from edgeattn.cli_output import UNREAD, let_go_of_output
 from edgeattn.cli_parser import SHELLS, Parser, completion
 from edgeattn.cli_words import in_words_of_the_command
 from edgeattn.files.paths import named
@@ -29,9 +30,18 @@ def main(arguments=None):
         chosen.parser.refuse(left)
     messages.show()
     try:
-        return chosen.run(chosen)
+        status = chosen.run(chosen)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        let_go_of_output()
+        return UNREAD
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:  # of standard output
+            let_go_of_output()
+            message = error.strerror or str(error)
     except (ImportError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         message = in_words_of_the_command(str(error))
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import edgeattn
 from edgeattn.files.checkpoints import kernel_set_of
 
 _QUANTIZER = b'"\x0eQuantizeLinear'  # the op_type of a node, field 4, as protobuf has it
-FORMS = ("A .safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
+FORMS = ("A .safetensors, .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
          "sentence-transformers save it")
 
 

@@ -16,6 +16,7 @@ from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cli_open import open_model
+from edgeattn.cli_output import UNREAD, let_go_of_output
 from edgeattn.cli_parser import EXIT_STATUS, SCHEMES, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
@@ -41,10 +42,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the sa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 after one line about an error, or 130 interrupted."""
+    """Run the command; returns its exit status: 0, 2 after one line about an error, 130 or 141 as the help says."""
     messages.show()
     try:
-        return commands.main(args=arguments, prog_name="quant", standalone_mode=False) or 0
+        status = commands.main(args=arguments, prog_name="quant", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return status
+    except (BrokenPipeError, SystemExit):  # what click makes of it
+        let_go_of_output()
+        return UNREAD
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return 2
@@ -59,7 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("quant: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        message = f"quant: {error.filename}: {error.strerror}" if error.filename else f"quant: {error}"
+        if error.filename:
+            message = f"quant: {error.filename}: {error.strerror}"
+        else:  # of standard output
+            let_go_of_output()
+            message = f"quant: {error.strerror or error}"
     except (ImportError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         message = f"quant: {in_words_of_the_command(str(error))}"
     print(" ".join(message.split()), file=sys.stderr)

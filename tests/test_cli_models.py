@@ -323,6 +323,7 @@ def test_a_layers_comparison_as_json(command):
     ("calibrate t.safetensors x.npy -o c.safetensors", "x.npy: ids must be an integer array, got float32"),
     ("calibrate t.safetensors texts.txt -o c.safetensors", "texts.txt: this TextEncoder has no tokenizer"),
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
+    ("calibrate e.safetensors other.npz -o c.safetensors", "quant: other.npz must hold 'x' and any of 'lengths', 'key_pa"),
     ("calibrate none x.npy -o c.safetensors", "quant: none: No such file or directory\n"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
     ("export e.safetensors e.c --sequence-length 9", "make it of the float encoder with `quant calibrate` and `quant quantize --arith"),
@@ -337,6 +338,7 @@ def test_a_layers_comparison_as_json(command):
     ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for --scheme dynamic"),
 ])
 def test_quant_errors_are_one_line(command, line, message):
+    np.savez("other.npz", foo=np.zeros(3))
     before = sorted(Path().iterdir())
     assert message in command(f"quant {line}", status=2)
     assert sorted(Path().iterdir()) == before
