@@ -58,7 +58,14 @@ from edgeattn.kernels.cuda.ptx import (
     write_f32,
 )
 
-from .tiles import FORMS, KEYS
+from .int8_products import int8_products
+from .multiply_adds import multiply_adds
+from .tensor_cores import tensor_cores
+from .tiles import KEYS
+
+# The Form of products in each precision, for blocks of so many queries and pieces of so many numbers.
+FORMS = {"float32": multiply_adds, "int8": int8_products, "float16": functools.partial(tensor_cores, "float16"),
+         "tf32": functools.partial(tensor_cores, "tf32")}
 
 FAR = 1 << 30  # beyond any distance between a query and a key
 
@@ -205,7 +212,7 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format, wei
     Parameters
     ----------
     precision : str
-        A key of tiles.FORMS.
+        A key of FORMS.
     rows, chunk : int
     q_format, kv_format : str
         Keys of FETCH. int8 keys and values have a scale each, A_KEY_SCALE and A_VALUE_SCALE (B, Hkv, S).

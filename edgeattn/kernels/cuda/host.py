@@ -194,7 +194,7 @@ class _Launch:
 
 def attend(q, k, v, out, scale, softcap=0.0, *, lse=None, weights=None, column=0, added=None, precision="float32",
            stream=0, like=None, **masks):
-    """softmax(q k^T scale + masks) v, the two products in `precision`, a key of tiles.FORMS, with float32 sums.
+    """softmax(q k^T scale + masks) v, the two products in `precision`, a key of attention.FORMS, with float32 sums.
 
     Parameters
     ----------
