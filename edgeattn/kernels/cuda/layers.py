@@ -7,9 +7,11 @@ import dataclasses
 import numpy as np
 
 from edgeattn.kernels.cuda import attention as fa
-from edgeattn.kernels.cuda import int8 as i8
 from edgeattn.kernels.cuda import linear as fl
+from edgeattn.kernels.cuda import linear_int8 as li
+from edgeattn.kernels.cuda import static_attention as sa
 from edgeattn.kernels.cuda.arrays import View, view
+from edgeattn.kernels.cuda.byte_tiles import TILE
 from edgeattn.kernels.cuda.driver import driver
 from edgeattn.kernels.cuda.host import (
     address,
@@ -102,7 +104,7 @@ class FloatLinear:
 # -- int8 ------------------------------------------------------------------------------------------------------------
 
 
-def padded_weight(weight, heads, tile=i8.TILE):
+def padded_weight(weight, heads, tile=TILE):
     """(heads * size, depth) int8 as (heads * size up, depth up), zeros added; sizes up to multiples of 64."""
     features, depth = weight.shape
     size = features // heads
@@ -111,7 +113,7 @@ def padded_weight(weight, heads, tile=i8.TILE):
     return wide.reshape(-1, wide.shape[2])
 
 
-def padded_list(values, heads, tile=i8.TILE):
+def padded_list(values, heads, tile=TILE):
     """(..., heads * size) as (..., heads * size up), zeros added."""
     values = np.asarray(values)
     size = values.shape[-1] // heads
@@ -156,7 +158,7 @@ def project_int8(rule, items, stream):
         x View (B, T, depth) int8 of contiguous rows; out View; strides in bytes of out along (B, heads, T, size); how
         many of each head's numbers out has room for.
     """
-    a, p = [0] * i8.L_ADDRESSES, [0] * i8.L_NUMBERS
+    a, p = [0] * li.L_ADDRESSES, [0] * li.L_NUMBERS
     wide, grid = True, [1, 1, len(items)]
     for z, (linear, x, x_scale, out, strides, stored) in enumerate(items):
         B, T, depth = x.shape
@@ -165,17 +167,17 @@ def project_int8(rule, items, stream):
         check_reach("an input", x)
         check_reach("a projection", out)
         features = linear.weight.shape[0]
-        for slot, value in ((i8.L_X, x), (i8.L_W, linear.weight), (i8.L_BIAS, linear.bias), (i8.L_FIRST, linear.first),
-                            (i8.L_SECOND, linear.second), (i8.L_OUT, out), (i8.L_X_SCALE, x_scale),
-                            (i8.L_TABLE, linear.table)):
+        for slot, value in ((li.L_X, x), (li.L_W, linear.weight), (li.L_BIAS, linear.bias), (li.L_FIRST, linear.first),
+                            (li.L_SECOND, linear.second), (li.L_OUT, out), (li.L_X_SCALE, x_scale),
+                            (li.L_TABLE, linear.table)):
             a[slot + z] = address(value)
-        for slot, value in zip(range(0, i8.L_NUMBERS, 3), (
+        for slot, value in zip(range(0, li.L_NUMBERS, 3), (
                 B * T, T, row, depth, linear.weight.shape[1], features, linear.size, features // linear.heads,
                 stored, linear.zero_point, *strides), strict=True):
             p[slot + z] = value
-        grid[0], grid[1] = max(grid[0], ceil_div(B * T, i8.TILE)), max(grid[1], features // i8.TILE)
+        grid[0], grid[1] = max(grid[0], ceil_div(B * T, TILE)), max(grid[1], features // TILE)
     looked_up = any(item[0].table is not None for item in items)
-    launch(i8.linear_int8(rule, wide, looked_up), tuple(grid), a, p, stream)
+    launch(li.linear_int8(rule, wide, looked_up), tuple(grid), a, p, stream)
 
 
 class StaticLayer:
@@ -211,7 +213,7 @@ class StaticLayer:
         (B, H, L, D_up), S = q.shape, k.shape[2]
         check_heads(B, H)
         D, Dv = self.linears["query"].size, self.linears["value"].size
-        Dv_up = round_up(Dv, i8.TILE)
+        Dv_up = round_up(Dv, TILE)
         low, high = (-fa.FAR, fa.FAR) if band is None else band
         zero = self.zero_points
         for name, array in (("a mask", keep), ("a mask", lut_index), ("the probabilities", weights), ("a cache", k)):
@@ -223,23 +225,23 @@ class StaticLayer:
              *((0, 0) if weights is None else weights.strides[1:3]), column]
         a = [q.pointer, k.pointer, v.pointer, context.pointer, self.table.pointer, address(keep), address(lut_index),
              address(score_luts), address(weights)]
-        launch(i8.static_attention(*self.rules, v.strides[2] != 1, weights is not None),
-                        (ceil_div(L, i8.TILE), B * H, Dv_up // i8.TILE), a, p, stream)
+        launch(sa.static_attention(*self.rules, v.strides[2] != 1, weights is not None),
+                        (ceil_div(L, TILE), B * H, Dv_up // TILE), a, p, stream)
 
     def rows(self, x, name, like):
         """Where the projection `name` of x (B, T, E) leaves its codes (B, H, T, size up), in memory of whole tiles."""
         B, T, _ = x.shape
-        up = round_up(self.linears[name].size, i8.TILE)
-        return part(scratch((B, self.heads, round_up(T, i8.TILE), up), np.int8, like), 2, 0, T)
+        up = round_up(self.linears[name].size, TILE)
+        return part(scratch((B, self.heads, round_up(T, TILE), up), np.int8, like), 2, 0, T)
 
     def whole(self, x, name):
         """Where the codes of the projection `name` go in a cache, with the zeros behind them."""
-        return dataclasses.replace(x, shape=(*x.shape[:3], round_up(self.linears[name].size, i8.TILE)))
+        return dataclasses.replace(x, shape=(*x.shape[:3], round_up(self.linears[name].size, TILE)))
 
     def turned_rows(self, x, name, like):
         """The same for values, which `attend` reads turned: (B, H, T, size) whose neighbours are tokens."""
         (B, T, _), size = x.shape, self.linears[name].size
-        made = scratch((B, self.heads, round_up(size, i8.TILE), round_up(T, i8.TILE)), np.int8, like)
+        made = scratch((B, self.heads, round_up(size, TILE), round_up(T, TILE)), np.int8, like)
         return View(made.owner, made.pointer, (B, self.heads, T, size), (*made.strides[:2], 1, made.shape[3]),
                     made.dtype)
 

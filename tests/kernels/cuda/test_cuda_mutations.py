@@ -31,9 +31,11 @@ from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
 ORDER = ("tiles", "multiply_adds", "fragments", "tensor_cores", "int8_products", "attention", "merge", "activation", "linear",
-         "quantize", "key_mean", "masks", "elements", "norm", "rules", "int8", "linear_dynamic")
+         "quantize", "key_mean", "masks", "elements", "norm", "rules", "byte_tiles", "linear_int8",
+         "static_attention", "linear_dynamic")
 IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "key_mean": "key_mean", "masks": "mk",
-           "elements": "el", "norm": "nm", "int8": "i8", "linear_dynamic": "ld"}
+           "elements": "el", "norm": "nm", "linear_int8": "li", "static_attention": "sa",
+           "linear_dynamic": "ld"}
 
 
 @functools.cache
@@ -398,24 +400,24 @@ MUTATIONS = [
     ("elements", "load_f32(good & (taken >= 0), x + d)", "load_f32(good, x + d)", check_ragged),
     ("elements", "load_f32(good, a[S_X] + at) + load_f32(good, a[S_Y] + at)", "load_f32(good, a[S_X] + at)", check_text),
     # int8
-    ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
-    ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
-    ("int8", "v = int32(o[n, j] - times(zv,", "v = int32(o[n, j] + times(zv,", check_static),
-    ("int8", "int32(g + 8 * i))", "int32(g))", check_static),
-    ("int8", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
+    ("static_attention", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
+    ("static_attention", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
+    ("static_attention", "v = int32(o[n, j] - times(zv,", "v = int32(o[n, j] + times(zv,", check_static),
+    ("static_attention", "int32(g + 8 * i))", "int32(g))", check_static),
+    ("static_attention", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
      "ordered = add(read_f32(int32(from_row + j * 4)), float32(0.0))", check_static),
-    ("int8", "select_i(d < size, code, int32(0))", "code", check_static),
-    ("int8", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
-    ("int8", "total[i] = int32(total[i] + shuffle_i(total[i], 2))", "total[i] = int32(total[i])", check_fixed),
-    ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
-    ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
-    ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
-    ("int8", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
-    ("int8", "(n & 3) + ((n >> 5) << 2) & 63", "(n & 3) + ((n >> 5) << 2) & 31", check_static_cache),
-    ("int8", "write_s8(int32(at + j * PITCH)", "write_s8(int32(at + j)", check_static_cache),
-    ("int8", "p[P_WEIGHTS_FIRST] + column", "column", check_static_cache),
-    ("int8", "int32(byte - 128)", "byte", check_static_weights),
-    ("int8", "range(0, p[P_WEIGHTS_ROW], TILE)", "range(0, 0, TILE)", check_static_cache),
+    ("linear_int8", "select_i(d < size, code, int32(0))", "code", check_static),
+    ("byte_tiles", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
+    ("static_attention", "total[i] = int32(total[i] + shuffle_i(total[i], 2))", "total[i] = int32(total[i])", check_fixed),
+    ("static_attention", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
+    ("static_attention", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
+    ("byte_tiles", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
+    ("static_attention", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
+    ("byte_tiles", "(n & 3) + ((n >> 5) << 2) & 63", "(n & 3) + ((n >> 5) << 2) & 31", check_static_cache),
+    ("byte_tiles", "write_s8(int32(at + j * PITCH)", "write_s8(int32(at + j)", check_static_cache),
+    ("static_attention", "p[P_WEIGHTS_FIRST] + column", "column", check_static_cache),
+    ("static_attention", "int32(byte - 128)", "byte", check_static_weights),
+    ("static_attention", "range(0, p[P_WEIGHTS_ROW], TILE)", "range(0, 0, TILE)", check_static_cache),
     ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
     ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
     ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),
