@@ -28,8 +28,8 @@ _ONES = 0x01010101
 
 
 @device
-def stage_rows(to, t, address, row_bytes, rows, wide):
-    """64 rows of 64 bytes to shared memory; rows past `rows` become zeros. `wide`: 16 bytes at a time, else one."""
+def stage_rows(to, t, address, row_bytes, rows):
+    """64 rows of 64 bytes to shared memory, 16 bytes at a time; rows past `rows` become zeros."""
     for i in range(2):
         row, part = int32((t + i * THREADS) >> 2), int32((t + i * THREADS) & 3)
         at = address + int32(times(row, row_bytes) + part * 16)

@@ -150,8 +150,8 @@ def linear_rows(activation, grouped):
         for e0 in range(0, depth, TILE):
             e0 = int32(e0)
             cuda.syncthreads()
-            stage_rows(base, t, a[A_X] + times_wide(r0, depth) + e0, depth, int32(rows - r0), True)
-            stage_rows(w_at, t, a[A_W] + times_wide(f0, depth) + e0, depth, TILE, True)
+            stage_rows(base, t, a[A_X] + times_wide(r0, depth) + e0, depth, int32(rows - r0))
+            stage_rows(w_at, t, a[A_W] + times_wide(f0, depth) + e0, depth, TILE)
             cuda.syncthreads()
             multiply_s8(base, w_at, warp, lane, c)
             whole = ((e0 & (GROUP - TILE)) == GROUP - TILE) | (int32(e0 + TILE) == depth)

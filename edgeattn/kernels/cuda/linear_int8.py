@@ -95,7 +95,7 @@ def linear_int8(rule, wide, looked_up=False):
                     stage_bytes_wide(base, t, here, x_row, int32(rows - r0), int32(depth - e0))
                 else:
                     stage_bytes(base, t, here, x_row, int32(rows - r0), int32(depth - e0))
-                stage_rows(w_at, t, w + times_wide(f0, w_row) + e0, w_row, TILE, True)
+                stage_rows(w_at, t, w + times_wide(f0, w_row) + e0, w_row, TILE)
                 cuda.syncthreads()
                 multiply_s8(base, w_at, warp, lane, c)
             for n in range(8):
