@@ -7,6 +7,7 @@ import functools
 import numpy as np
 
 from edgeattn.kernels.cuda import attention as fa
+from edgeattn.kernels.cuda import attention_parameters as ap
 from edgeattn.kernels.cuda import elements as el
 from edgeattn.kernels.cuda import key_mean
 from edgeattn.kernels.cuda import masks as mk
@@ -16,8 +17,9 @@ from edgeattn.kernels.cuda.array_provider import kind
 from edgeattn.kernels.cuda.arrays import View, view
 from edgeattn.kernels.cuda.driver import driver
 from edgeattn.kernels.cuda.launch_graph import capturing, launch
+from edgeattn.kernels.cuda.softmax import LOG2_E
+from edgeattn.kernels.cuda.tiles import KEYS
 
-LOG2_E = 1.4426950408889634
 SMALL = 2**31
 MOST_HEADS = 65535  # the second axis of a grid
 
@@ -107,14 +109,14 @@ def _attention_plan(precision, q, k, v, out, numbers, processors):
         rows = chunk = 64
     value_chunks = max(ceil_div(Dv, chunk), 1)
     blocks = ceil_div(L, rows) * B * H * value_chunks
-    splits = min(ceil_div(2 * processors, blocks), ceil_div(S, 4 * fa.KEYS))
+    splits = min(ceil_div(2 * processors, blocks), ceil_div(S, 4 * KEYS))
     splits = splits if blocks < processors and splits > 1 else 1
-    p = [0] * fa.P_COUNT
-    for slot, value in ((fa.P_H, H), (fa.P_GROUP, H // Hkv), (fa.P_L, L), (fa.P_S, S), (fa.P_D, D), (fa.P_DV, Dv),
-                        (fa.P_CHUNKS, max(ceil_div(D, chunk), 1)), (fa.P_VALUE_CHUNKS, value_chunks),
-                        (fa.P_SPLITS, splits)):
+    p = [0] * ap.P_COUNT
+    for slot, value in ((ap.P_H, H), (ap.P_GROUP, H // Hkv), (ap.P_L, L), (ap.P_S, S), (ap.P_D, D), (ap.P_DV, Dv),
+                        (ap.P_CHUNKS, max(ceil_div(D, chunk), 1)), (ap.P_VALUE_CHUNKS, value_chunks),
+                        (ap.P_SPLITS, splits)):
         p[slot] = value
-    for slot, (_, strides) in ((fa.P_Q_B, q), (fa.P_K_B, k), (fa.P_V_B, v), (fa.P_OUT_B, out)):
+    for slot, (_, strides) in ((ap.P_Q_B, q), (ap.P_K_B, k), (ap.P_V_B, v), (ap.P_OUT_B, out)):
         p[slot:slot + 3] = strides[:3]
     for slot, value in numbers:
         p[slot] = value
@@ -138,21 +140,21 @@ class _Launch:
                 check_reach(name, array)
         B, H, L, _ = out.shape
         check_heads(B, H)
-        numbers = [(fa.P_LEFT, left), (fa.P_RIGHT, right), (fa.P_OFFSET, offset), (fa.P_AT_END, int(at_end)),
-                   (fa.P_FACTOR, bits(_factor(scale, softcap))),
-                   (fa.P_SOFTCAP, bits(softcap * LOG2_E) if softcap else 0),
-                   (fa.P_LSE_B, 4 * H * L), (fa.P_LSE_H, 4 * L)]
+        numbers = [(ap.P_LEFT, left), (ap.P_RIGHT, right), (ap.P_OFFSET, offset), (ap.P_AT_END, int(at_end)),
+                   (ap.P_FACTOR, bits(_factor(scale, softcap))),
+                   (ap.P_SOFTCAP, bits(softcap * LOG2_E) if softcap else 0),
+                   (ap.P_LSE_B, 4 * H * L), (ap.P_LSE_H, 4 * L)]
         if lengths is not None:
-            numbers.append((fa.P_LENGTHS_64, int(lengths.dtype.itemsize == 8)))
-        for slot, mask in ((fa.P_KEEP_B, keep), (fa.P_BIAS_B, bias)):
+            numbers.append((ap.P_LENGTHS_64, int(lengths.dtype.itemsize == 8)))
+        for slot, mask in ((ap.P_KEEP_B, keep), (ap.P_BIAS_B, bias)):
             if mask is not None:
                 numbers += enumerate(spread(mask), slot)
         if slopes is not None and slopes.ndim == 2:
-            numbers.append((fa.P_SLOPES_B, slopes.strides[0]))
+            numbers.append((ap.P_SLOPES_B, slopes.strides[0]))
         if key_scale is not None:
-            numbers += enumerate(key_scale.strides, fa.P_SCALE_B)
+            numbers += enumerate(key_scale.strides, ap.P_SCALE_B)
         if precision == "int8":
-            numbers.append((fa.P_V_S, v.strides[3]))
+            numbers.append((ap.P_V_S, v.strides[3]))
         rows, chunk, self.grid, self.splits, self.numbers = _attention_plan(
             precision, *((x.shape, x.strides) for x in (q, k, v, out)), tuple(numbers), driver().processors())
         formats, read = (q.dtype.name, k.dtype.name), (q, k, v, out)
@@ -166,29 +168,29 @@ class _Launch:
 
     def alone(self, lse, stream):
         """All of it, the log-sum to `lse` where it is not None."""
-        self.addresses[fa.A_LSE] = address(lse)
+        self.addresses[ap.A_LSE] = address(lse)
         launch(fa.attention(*self.kind, self.out_format), self.grid, self.addresses, self.numbers, stream)
 
     def part(self, at, part, sums, stream):
         """To the places `at` and on of part (parts, B, H, L, Dv) and sums (2, parts, B, H, L)."""
         a, p = list(self.addresses), list(self.numbers)
-        a[fa.A_OUT], a[fa.A_LSE] = part.pointer + at * part.strides[0], sums.pointer + at * sums.strides[1]
-        p[fa.P_OUT_SPLIT], p[fa.P_OUT_B], p[fa.P_OUT_H], p[fa.P_OUT_L] = part.strides[:4]
-        p[fa.P_SUMS], p[fa.P_LSE_SPLIT] = sums.strides[:2]
+        a[ap.A_OUT], a[ap.A_LSE] = part.pointer + at * part.strides[0], sums.pointer + at * sums.strides[1]
+        p[ap.P_OUT_SPLIT], p[ap.P_OUT_B], p[ap.P_OUT_H], p[ap.P_OUT_L] = part.strides[:4]
+        p[ap.P_SUMS], p[ap.P_LSE_SPLIT] = sums.strides[:2]
         launch(fa.attention(*self.kind, "float32"), self.grid, a, p, stream)
 
     def probabilities(self, weights, sums, stream, none=False):
         """To weights (B, H, L, keys), by the sums (2, parts, B, H, L) of all parts; zeros where `none` is seen."""
         a, p = list(self.addresses), list(self.numbers)
         keys, blocks = weights.shape[3], self.grid[0] * self.grid[1]
-        splits = max(min(ceil_div(keys, fa.KEYS), ceil_div(2 * driver().processors(), max(blocks, 1))), 1)
-        a[fa.A_OUT], a[fa.A_LSE] = weights.pointer, sums.pointer
-        p[fa.P_OUT_B], p[fa.P_OUT_H], p[fa.P_OUT_L] = weights.strides[:3]
-        p[fa.P_SUMS], p[fa.P_LSE_SPLIT] = sums.strides[:2]
-        p[fa.P_S], p[fa.P_PARTS], p[fa.P_SPLITS], p[fa.P_VALUE_CHUNKS] = keys, sums.shape[1], splits, 1
+        splits = max(min(ceil_div(keys, KEYS), ceil_div(2 * driver().processors(), max(blocks, 1))), 1)
+        a[ap.A_OUT], a[ap.A_LSE] = weights.pointer, sums.pointer
+        p[ap.P_OUT_B], p[ap.P_OUT_H], p[ap.P_OUT_L] = weights.strides[:3]
+        p[ap.P_SUMS], p[ap.P_LSE_SPLIT] = sums.strides[:2]
+        p[ap.P_S], p[ap.P_PARTS], p[ap.P_SPLITS], p[ap.P_VALUE_CHUNKS] = keys, sums.shape[1], splits, 1
         if none:
-            a[fa.A_KEEP:fa.A_SLOPES + 1] = [0] * 4
-            p[fa.P_LEFT], p[fa.P_RIGHT], p[fa.P_OFFSET], p[fa.P_AT_END] = -1, 0, -fa.FAR, 0
+            a[ap.A_KEEP:ap.A_SLOPES + 1] = [0] * 4
+            p[ap.P_LEFT], p[ap.P_RIGHT], p[ap.P_OFFSET], p[ap.P_AT_END] = -1, 0, -ap.FAR, 0
         launch(fa.attention(*self.kind, weights.dtype.name, True), (*self.grid[:2], splits), a, p, stream)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from edgeattn.kernels.cuda import attention as fa
+from edgeattn.kernels.cuda import attention_parameters as ap
 from edgeattn.kernels.cuda import linear as fl
 from edgeattn.kernels.cuda import linear_int8 as li
 from edgeattn.kernels.cuda import static_attention as sa
@@ -214,7 +214,7 @@ class StaticLayer:
         check_heads(B, H)
         D, Dv = self.linears["query"].size, self.linears["value"].size
         Dv_up = round_up(Dv, TILE)
-        low, high = (-fa.FAR, fa.FAR) if band is None else band
+        low, high = (-ap.FAR, ap.FAR) if band is None else band
         zero = self.zero_points
         for name, array in (("a mask", keep), ("a mask", lut_index), ("the probabilities", weights), ("a cache", k)):
             if array is not None:
@@ -253,7 +253,7 @@ class StaticLayer:
 
 def band_of(left, right, offset):
     """(low, high): query i sees key j when i + low <= j <= i + high; left and right as edgeattn.masks.Mask."""
-    return (offset - left if left >= 0 else -fa.FAR, offset + right if right >= 0 else fa.FAR)
+    return (offset - left if left >= 0 else -ap.FAR, offset + right if right >= 0 else ap.FAR)
 
 
 def token_codes(x, stream, like):

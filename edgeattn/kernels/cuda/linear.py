@@ -17,7 +17,7 @@ from edgeattn.kernels.cuda.ptx import (
 )
 
 from .activation import ACTIVATIONS
-from .attention import fetch_float32
+from .fetch import fetch_float32
 from .multiply_adds import multiply_tiles, write_column
 
 TILE, DEPTH, THREADS = 64, 32, 128
