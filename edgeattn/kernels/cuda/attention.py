@@ -7,35 +7,15 @@ D is walked in pieces of CHUNK, Dv is cut into pieces of CHUNK along the grid, s
 """
 import functools
 
-from edgeattn.kernels.cuda.language import (
-    Kernel,
-    cuda,
-    device,
-    float32,
-    int32,
-    larger,
-    log,
-    shared,
-    smaller,
-    specialised,
-)
+from edgeattn.kernels.cuda.language import Kernel, cuda, float32, int32, shared, specialised
 from edgeattn.kernels.cuda.ptx import (
     block_x,
     block_y,
     block_z,
-    divide,
     float_of_bits,
-    half_pair,
     load_f32,
-    load_uniform,
     quotient,
     remainder,
-    select_f,
-    shuffle_f,
-    store_b32,
-    store_f16,
-    store_f32,
-    store_f32x2,
     thread,
     times,
     times_wide,
@@ -44,27 +24,17 @@ from edgeattn.kernels.cuda.ptx import (
 from .attention_parameters import (
     A_BIAS,
     A_COUNT,
-    A_K,
     A_KEEP,
     A_LENGTHS,
     A_LSE,
     A_OUT,
-    A_Q,
     A_Q_SCALE,
     A_SLOPES,
-    A_V,
-    P_BIAS_B,
-    P_BIAS_H,
     P_CHUNKS,
     P_COUNT,
-    P_DV,
     P_FACTOR,
     P_GROUP,
     P_H,
-    P_K_B,
-    P_K_H,
-    P_KEEP_B,
-    P_KEEP_H,
     P_L,
     P_LENGTHS_64,
     P_LSE_B,
@@ -72,27 +42,19 @@ from .attention_parameters import (
     P_LSE_SPLIT,
     P_OUT_B,
     P_OUT_H,
-    P_OUT_L,
     P_OUT_SPLIT,
-    P_Q_B,
-    P_Q_H,
     P_S,
-    P_SCALE_B,
-    P_SCALE_H,
-    P_SLOPES_B,
     P_SOFTCAP,
-    P_SPLITS,
-    P_SUMS,
-    P_V_B,
-    P_V_H,
     P_VALUE_CHUNKS,
 )
+from .block import band, choosing_keys, head_addresses, slope_of, visible_keys
 from .fetch import FETCH
+from .finish import finishing
 from .int8_products import int8_products
 from .multiply_adds import multiply_adds
 from .probabilities import joining_parts, writing_weights
-from .score_masks import band, masking, scaling, visible_keys
-from .softmax import LOG2_E, MINUS_INFINITY, online_softmax
+from .score_masks import masking, scaling
+from .softmax import MINUS_INFINITY, online_softmax
 from .stage import list_scales, staging_keys, staging_queries, staging_turned, staging_values
 from .tensor_cores import tensor_cores
 from .tiles import KEYS
@@ -100,68 +62,6 @@ from .tiles import KEYS
 # The Form of products in each precision, for blocks of so many queries and pieces of so many numbers.
 FORMS = {"float32": multiply_adds, "int8": int8_products, "float16": functools.partial(tensor_cores, "float16"),
          "tf32": functools.partial(tensor_cores, "tf32")}
-
-_LN_2 = 0.6931471805599453
-
-
-@device
-def block_keys(p, q0, rows, low, high, length):
-    """(first, last): the keys from `first` to before `last` are those that some query of a block may see."""
-    first = int32(larger(0, int32(q0 + low)))
-    last = int32(smaller(length, int32(int32(smaller(q0 + rows, p[P_L])) + high)))
-    return first, last
-
-
-@functools.cache
-def finishing(form, wide, half):
-    """A function that divides the context o by the sums, and writes it, and the log-sums or what joins parts.
-
-    A query that saw no key gets zeros.
-    """
-    QUERIES, OUT, LANES, down, across = form.queries, form.values, form.lanes, form.down, form.across
-    WIDE, HALF, OUT_SIZE = wide, half, 2 if half else 4
-
-    @device
-    def write_pair(p, to, good, d, y0, y1):
-        if WIDE and HALF:
-            store_b32(good & (d < p[P_DV]), to, half_pair(y1, y0))
-        elif WIDE:
-            store_f32x2(good & (d < p[P_DV]), to, y0, y1)
-        elif HALF:
-            store_f16(good & (d < p[P_DV]), to, y0)
-            store_f16(good & (int32(d + 1) < p[P_DV]), to + OUT_SIZE, y1)
-        else:
-            store_f32(good & (d < p[P_DV]), to, y0)
-            store_f32(good & (int32(d + 1) < p[P_DV]), to + OUT_SIZE, y1)
-
-    @device
-    def write_sums(a, p, lse, row, good, largest, row_sum, none):
-        if p[P_SUMS] != 0:
-            to = lse + row * 4
-            store_f32(good, to, largest)
-            store_f32(good, to + p[P_SUMS], row_sum)
-        elif a[A_LSE] != 0:
-            sum_log = float32(log(select_f(none, float32(1.0), row_sum))) + largest * float32(_LN_2)
-            store_f32(good, lse + row * 4, select_f(none, float32(MINUS_INFINITY), sum_log))
-
-    @device
-    def finish(a, p, out, lse, row0, d0, column0, d_out, m, total, o):
-        for r in range(QUERIES):
-            row_sum = total[r]
-            for step in range(LANES):
-                row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))
-            none = row_sum == float32(0.0)
-            inverse = select_f(none, float32(0.0), divide(float32(1.0), row_sum))
-            row = int32(row0 + down(r))
-            good = row < p[P_L]
-            to = out + times(row, p[P_OUT_L])
-            for k in range(0, OUT, 2):
-                d = int32(across(k))
-                y0, y1 = o[r, k] * inverse, o[r, k + 1] * inverse
-                write_pair(p, to + d * OUT_SIZE, good, int32(d0 + d), y0, y1)
-            write_sums(a, p, lse, row, good & (column0 == 0) & (d_out == 0), m[r], row_sum, none)
-
-    return finish
 
 
 @specialised
@@ -212,6 +112,7 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format, wei
     left_context = form.left_context if SECOND else form.context
     scale = scaling(form, CODES)
     cap, add_distances, add_bias, hide_masked, hide_outside = masking(form, rows)
+    choose_keys = choosing_keys(rows, CODES, WEIGHTS)
     weigh, finish = online_softmax(form, CODES), finishing(form, WIDE, HALF)
     join, write_weights = joining_parts(form), writing_weights(form, HALF)
 
@@ -229,35 +130,16 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format, wei
         split = quotient(block_z(), p[P_VALUE_CHUNKS])
         d_out = int32(remainder(block_z(), p[P_VALUE_CHUNKS]) * CHUNK)
         kv = quotient(head, p[P_GROUP])
-        query = a[A_Q] + times_wide(batch, p[P_Q_B]) + times_wide(head, p[P_Q_H])
-        key = a[A_K] + times_wide(batch, p[P_K_B]) + times_wide(kv, p[P_K_H])
-        value = a[A_V] + times_wide(batch, p[P_V_B]) + times_wide(kv, p[P_V_H])
-        keep = a[A_KEEP] + times_wide(batch, p[P_KEEP_B]) + times_wide(head, p[P_KEEP_H])
-        bias = a[A_BIAS] + times_wide(batch, p[P_BIAS_B]) + times_wide(head, p[P_BIAS_H])
-        scale_at = times_wide(batch, p[P_SCALE_B]) + times_wide(kv, p[P_SCALE_H])
+        query, key, value, keep, bias, scale_at = head_addresses(a, p, batch, head, kv)
         has_keep, has_bias, has_slope = a[A_KEEP] != 0, a[A_BIAS] != 0, a[A_SLOPES] != 0
-        slope = float32(0.0)
-        if has_slope:
-            slope = float_of_bits(load_uniform(a[A_SLOPES] + times_wide(batch, p[P_SLOPES_B]) + head * 4))
-            slope = slope * float32(-LOG2_E)
+        slope = slope_of(a, p, batch, head)
         factor, softcap = float_of_bits(p[P_FACTOR]), float_of_bits(p[P_SOFTCAP])
         capped = p[P_SOFTCAP] != 0
 
-        # 1. the keys that this block's queries may see, and of those this split's
+        # 1. the keys that this block's queries may see
         length = visible_keys(a[A_LENGTHS], p[P_LENGTHS_64], batch, p[P_S])
         offset, low, high = band(p, length)
-        first, last = block_keys(p, q0, ROWS, low, high, length)
-        if CODES:
-            first = int32(first & -4)  # values are read four keys at a time
-        end = last
-        if WEIGHTS:  # every key has one, 0 where it is not to be seen
-            first, end = int32(0), p[P_S]
-        tiles = int32((larger(end - first, 0) + KEYS - 1) >> 6)
-        per_split = quotient(int32(tiles + p[P_SPLITS] - 1), p[P_SPLITS])
-        first = int32(first + times(split, per_split) * KEYS)
-        end = int32(smaller(end, int32(first + per_split * KEYS)))
-        if not WEIGHTS:
-            last = end
+        first, end, last = choose_keys(p, q0, split, low, high, length)
 
         s = cuda.local.array((QUERIES, EACH), float32)
         o = cuda.local.array((QUERIES, OUT), float32)

@@ -1,50 +1,14 @@
 """What is done to the scores of a block before softmax: factors, softcap, slopes, biases, and masks."""
 import functools
 
-from edgeattn.kernels.cuda.language import device, float32, int32, int64, larger, smaller, tanh
-from edgeattn.kernels.cuda.ptx import (
-    fma,
-    load_f32,
-    load_u8,
-    load_uniform,
-    load_uniform_64,
-    read_f32,
-    select_f,
-    times,
-    to_float,
-)
+from edgeattn.kernels.cuda.language import device, float32, int32, larger, smaller, tanh
+from edgeattn.kernels.cuda.ptx import fma, load_f32, load_u8, read_f32, select_f, times, to_float
 
-from .attention_parameters import FAR, P_AT_END, P_BIAS_L, P_BIAS_S, P_KEEP_L, P_KEEP_S, P_L, P_LEFT, P_OFFSET, P_RIGHT
+from .attention_parameters import P_BIAS_L, P_BIAS_S, P_KEEP_L, P_KEEP_S, P_L
 from .softmax import LOG2_E, MINUS_INFINITY
 from .tiles import KEYS
 
 _LOWEST_BIAS = -2.3e38  # times log2(e) it is finite still: only -inf hides a key
-
-
-@device
-def visible_keys(lengths, wide_lengths, batch, keys):
-    """The number of leading keys of a batch entry that exist."""
-    if lengths == 0:
-        return keys
-    if wide_lengths:
-        found = int32(load_uniform_64(lengths + int64(batch) * 8))
-    else:
-        found = load_uniform(lengths + int64(batch) * 4)
-    return int32(smaller(larger(found, 0), keys))
-
-
-@device
-def band(p, length):
-    """(offset, low, high): query i sees key j only where i + low <= j <= i + high, and i + offset is its own place."""
-    offset = p[P_OFFSET]
-    if p[P_AT_END] != 0:
-        offset = int32(length - p[P_L])
-    low, high = -FAR, FAR
-    if p[P_LEFT] >= 0:
-        low = int32(offset - p[P_LEFT])
-    if p[P_RIGHT] >= 0:
-        high = int32(offset + p[P_RIGHT])
-    return offset, low, high
 
 
 @functools.cache

@@ -31,9 +31,8 @@ from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
 ORDER = ("tiles", "multiply_adds", "fragments", "tensor_cores", "int8_products", "attention_parameters", "fetch", "softmax",
-         "score_masks", "stage", "probabilities", "attention", "merge", "activation", "linear", "quantize", "key_mean", "masks",
-         "elements", "norm", "rules", "byte_tiles", "linear_int8",
-         "static_parameters", "static_scores", "static_softmax", "static_attention", "linear_dynamic")
+         "block", "score_masks", "stage", "probabilities", "finish", "attention", "merge", "activation", "linear", "quantize", "key_mean", "masks",
+         "elements", "norm", "rules", "byte_tiles", "linear_int8", "static_parameters", "static_scores", "static_softmax", "static_attention", "linear_dynamic")
 IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "key_mean": "key_mean", "masks": "mk",
            "elements": "el", "norm": "nm", "linear_int8": "li", "static_attention": "sa",
            "linear_dynamic": "ld"}
@@ -314,19 +313,19 @@ MUTATIONS = [
     ("score_masks", "(across(k) < to_key)", "(across(k) <= to_key)", check_band),
     ("softmax", "float32(-0.0)", "float32(0.0)", check_nan),
     ("multiply_adds", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
-    ("attention", "good = row < p[P_L]\n            to = out", "good = row >= 0\n            to = out", check_float),
+    ("finish", "good = row < p[P_L]\n            to = out", "good = row >= 0\n            to = out", check_float),
     ("attention", "kv = quotient(head, p[P_GROUP])", "kv = head", check_groups),
     ("score_masks", "seen = load_u8((row < p[P_L]) & (there < last), keep + at) != 0", "seen = there >= 0", check_masks),
     ("score_masks", "select_f(b == float32(MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
     ("score_masks", "fma(bounded,", "fma(b,", check_finite_mask),
     ("attention", "if p[P_CHUNKS] > 1 or k0 == first:", "if k0 == first and piece == 0:", check_pieces),
-    ("attention", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
+    ("finish", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
     ("softmax", "float32(-126.0)", "float32(-1.0)", check_float),
     ("merge", "weight = exp2(found - base) *", "weight =", check_split),
     ("merge", "stored = good & (d < p[P_DV])", "stored = good", check_nothing),
     # probabilities, added keys, gates
-    ("attention", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
-    ("attention", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
+    ("block", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
+    ("finish", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
     ("probabilities", "exp2(s[r, k] - m[r]) * total[r])", "exp2(s[r, k] - m[r]))", check_weights),
     ("probabilities", "(int32(key0 + across(k)) < p[P_S])", "(int32(key0) < p[P_S])", check_weights),
     ("probabilities", "fma(exp2(load_f32(row < p[P_L], found) - m[r]), size, total[r])", "total[r] + size", check_split_weights),
@@ -354,7 +353,7 @@ MUTATIONS = [
     ("tensor_cores", "s[r, k] = select_f(bits_of(s[r, k]) == GONE, float32(0.0), float32(1.0))", "s[r, k] = float32(1.0)", check_not_finite),
     ("attention", "if careful:\n                    cuda.syncthreads()\n", "if careful:\n", check_not_finite),
     # dynamic int8
-    ("attention", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
+    ("block", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
     ("softmax", "s[r, k] - here + value_log", "s[r, k] - here - value_log", check_dynamic),
     ("softmax", "s[r, k] - here + value_log", "s[r, k] + value_log", check_dynamic_mean),
     ("softmax", "- float32(_LOG2_255)\n", "- float32(9.0)\n", check_dynamic),
@@ -431,7 +430,7 @@ MUTATIONS = [
 @pytest.mark.parametrize("check", [*OF_THIS_FILE, *(pytest.param(check, marks=long_form) for check in OF_OTHERS)],
                          ids=lambda check: check.__name__)
 def test_nothing_planted_nothing_found(check):
-    with planted("attention", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
+    with planted("block", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
         check()
 
 
