@@ -226,7 +226,7 @@ class StaticLayer:
         a = [q.pointer, k.pointer, v.pointer, context.pointer, self.table.pointer, address(keep), address(lut_index),
              address(score_luts), address(weights)]
         launch(sa.static_attention(*self.rules, v.strides[2] != 1, weights is not None),
-                        (ceil_div(L, TILE), B * H, Dv_up // TILE), a, p, stream)
+               (ceil_div(L, TILE), B * H, Dv_up // TILE), a, p, stream)
 
     def rows(self, x, name, like):
         """Where the projection `name` of x (B, T, E) leaves its codes (B, H, T, size up), in memory of whole tiles."""
