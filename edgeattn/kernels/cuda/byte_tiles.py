@@ -4,6 +4,8 @@ Tiles are 64 rows of 64 bytes, 80 bytes apart in shared memory so that eight row
 warps of 16 rows; lane l of a warp holds, with g = l // 4 and t = l % 4, rows g and g + 8 and columns 8 n + 2 t and the
 next, n = 0..7.
 """
+import functools
+
 from edgeattn.kernels.cuda.language import cuda, device, int32
 from edgeattn.kernels.cuda.ptx import (
     dot_bytes,
@@ -73,34 +75,27 @@ def stage_turned(to, t, address, row_bytes, rows):
             write_s8(int32(at + j * PITCH), int32(codes >> (8 * j)))
 
 
-@device
-def multiply_s8(left, right, warp, lane, c):
-    """c (8, 4) += 16 rows of the warp in one tile times the 64 rows of another, 64 bytes deep."""
-    a_at = int32(left + (warp * 16 + (lane & 15)) * PITCH + (lane >> 4) * 16)
-    b_at = int32(right + ((lane & 7) + ((lane >> 4) << 3)) * PITCH + ((lane >> 3) & 1) * 16)
-    for k in range(2):
-        a0, a1, a2, a3 = read_matrices(int32(a_at + k * 32))
-        for n in range(4):
-            b0, b1, b2, b3 = read_matrices(int32(b_at + n * 16 * PITCH + k * 32))
-            c[2 * n, 0], c[2 * n, 1], c[2 * n, 2], c[2 * n, 3] = mma_s8(
-                a0, a1, a2, a3, b0, b1, c[2 * n, 0], c[2 * n, 1], c[2 * n, 2], c[2 * n, 3])
-            c[2 * n + 1, 0], c[2 * n + 1, 1], c[2 * n + 1, 2], c[2 * n + 1, 3] = mma_s8(
-                a0, a1, a2, a3, b2, b3, c[2 * n + 1, 0], c[2 * n + 1, 1], c[2 * n + 1, 2], c[2 * n + 1, 3])
+@functools.cache
+def product(mma):
+    """A function: c (8, 4) += 16 rows of the warp in one tile times the 64 rows of another, 64 bytes deep."""
+
+    @device
+    def multiply(left, right, warp, lane, c):
+        a_at = int32(left + (warp * 16 + (lane & 15)) * PITCH + (lane >> 4) * 16)
+        b_at = int32(right + ((lane & 7) + ((lane >> 4) << 3)) * PITCH + ((lane >> 3) & 1) * 16)
+        for k in range(2):
+            a0, a1, a2, a3 = read_matrices(int32(a_at + k * 32))
+            for n in range(4):
+                b0, b1, b2, b3 = read_matrices(int32(b_at + n * 16 * PITCH + k * 32))
+                c[2 * n, 0], c[2 * n, 1], c[2 * n, 2], c[2 * n, 3] = mma(
+                    a0, a1, a2, a3, b0, b1, c[2 * n, 0], c[2 * n, 1], c[2 * n, 2], c[2 * n, 3])
+                c[2 * n + 1, 0], c[2 * n + 1, 1], c[2 * n + 1, 2], c[2 * n + 1, 3] = mma(
+                    a0, a1, a2, a3, b2, b3, c[2 * n + 1, 0], c[2 * n + 1, 1], c[2 * n + 1, 2], c[2 * n + 1, 3])
+
+    return multiply
 
 
-@device
-def multiply_u8s8(left, right, warp, lane, c):
-    """As `multiply_s8`, the left tile unsigned."""
-    a_at = int32(left + (warp * 16 + (lane & 15)) * PITCH + (lane >> 4) * 16)
-    b_at = int32(right + ((lane & 7) + ((lane >> 4) << 3)) * PITCH + ((lane >> 3) & 1) * 16)
-    for k in range(2):
-        a0, a1, a2, a3 = read_matrices(int32(a_at + k * 32))
-        for n in range(4):
-            b0, b1, b2, b3 = read_matrices(int32(b_at + n * 16 * PITCH + k * 32))
-            c[2 * n, 0], c[2 * n, 1], c[2 * n, 2], c[2 * n, 3] = mma_u8s8(
-                a0, a1, a2, a3, b0, b1, c[2 * n, 0], c[2 * n, 1], c[2 * n, 2], c[2 * n, 3])
-            c[2 * n + 1, 0], c[2 * n + 1, 1], c[2 * n + 1, 2], c[2 * n + 1, 3] = mma_u8s8(
-                a0, a1, a2, a3, b2, b3, c[2 * n + 1, 0], c[2 * n + 1, 1], c[2 * n + 1, 2], c[2 * n + 1, 3])
+multiply_s8, multiply_u8s8 = product(mma_s8), product(mma_u8s8)  # codes times codes, bytes 0..255 times codes
 
 
 @device
