@@ -24,7 +24,7 @@ from cuda_emulated import emulated_only, long_form
 from kernels_under_test import ASYMMETRIC, make_layer
 
 from edgeattn.executors.cuda import functional as on_cuda
-from edgeattn.kernels.cuda import attend, encoder, host, layers
+from edgeattn.kernels.cuda import attend, encoder, host, layers, static_layer
 from edgeattn.kernels.cuda import driver as driver_module
 from edgeattn.kernels.cuda.language import Kernel, int32
 from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
@@ -49,7 +49,7 @@ def source(path):
 def planted(name, old, new):
     """The kernels, built anew with one place of one file changed, in place of those that are launched."""
     kept = {module: sys.modules[f"edgeattn.kernels.cuda.{module}"] for module in ORDER}
-    used = [(where, module, attribute, getattr(where, attribute)) for where in (attend, host, layers, encoder)
+    used = [(where, module, attribute, getattr(where, attribute)) for where in (attend, host, layers, static_layer, encoder)
             for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
     try:
         for module in ORDER:
