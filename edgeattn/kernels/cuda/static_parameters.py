@@ -1,4 +1,8 @@
-"""What a launch of static attention is told: addresses (int64, 0 where there is none), and numbers (int32)."""
+"""What a launch of static attention is told: addresses (int64, 0 where there is none), and numbers (int32).
+
+static_layer.py gives them in this order. Strides are bytes; P_Z... are the zero points of queries, keys, values, scores
+and the context, and P_SCORE and P_CONTEXT what their rules read, two numbers each.
+"""
 
 (A_Q, A_K, A_V, A_OUT, A_TABLE, A_KEEP, A_CLASSES, A_TABLES, A_WEIGHTS, A_COUNT) = range(10)
 (P_H, P_L, P_S, P_D, P_DV, P_D_UP, P_DV_UP, P_L_ROWS, P_S_ROWS, P_ZQ, P_ZK, P_ZV, P_ZS, P_ZC, P_SCORE, P_SCORE_2,
