@@ -144,7 +144,7 @@ test: $(ready) ## the test suite
 test-long: $(ready) ## ... in every long form, an hour and more
 	@$(suite) --long $(ARGS)
 
-test-libraries: $(ready) ## ... of it what looks at no compiling
+test-libraries: $(ready) ## ... its first part: on compiled libraries
 	@$(suite) --prebuilt $(ARGS)
 
 test-pythons: $(linking) ## ... wheel, sdist in clean environments, Pythons

@@ -11,6 +11,7 @@ import edgeattn
 from edgeattn import cli_encode, cli_info, messages
 from edgeattn.alive import alive
 from edgeattn.cli_open import FORMS, open_model
+from edgeattn.cli_output import UNREAD, let_go_of_output
 from edgeattn.cli_parser import SHELLS, Parser, completion
 from edgeattn.cli_words import in_words_of_the_command
 from edgeattn.files.paths import named
@@ -29,9 +30,18 @@ def main(arguments=None):
         chosen.parser.refuse(left)
     messages.show()
     try:
-        return chosen.run(chosen)
+        status = chosen.run(chosen)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        let_go_of_output()
+        return UNREAD
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:  # of standard output
+            let_go_of_output()
+            message = error.strerror or str(error)
     except (ImportError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         message = in_words_of_the_command(str(error))
     except KeyboardInterrupt:
@@ -73,7 +83,7 @@ def _parser():
 
 def _warmup(chosen):
     """Use every layer in each way; say what that cost, and whether a later process will find the machine code."""
-    did = []
+    did = [] if chosen.json else _Told()
     if not chosen.layers:
         with _compiling(did, "every kernel"):
             for entry in entries.ENTRIES.values():
@@ -93,13 +103,19 @@ def _warmup(chosen):
     if chosen.json:
         print(json.dumps({"compiled": did, "library": library, "cache": folder}, indent=1))
         return 0
-    for each in did:
-        new = each["kernels"]
-        print(f"{each['what']}: {each['seconds']:.2f} s, "
-              + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
     print(f"Kernels come compiled, in {library}" if library else f"Machine code is kept in {folder}" if folder else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
     return 0
+
+
+class _Told(list):
+    """What was compiled, each told as it is done: what comes after it may fail, or take minutes."""
+
+    def append(self, each):
+        """Print it."""
+        new = each["kernels"]
+        print(f"{each['what']}: {each['seconds']:.2f} s, "
+              + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"), flush=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import textwrap
 
 import edgeattn
 from edgeattn import threads
-from edgeattn.cli_open import FORMS, open_model
+from edgeattn.cli_open import FORMS, hints_of, open_model
 from edgeattn.kernels.cpu import fused
 from edgeattn.runtime import prebuilt, processor
 from edgeattn.runtime.isa import ISA
@@ -49,13 +49,16 @@ def _info(chosen):
             _print_rows(rows)
         return 0
     options = {"scheme": chosen.scheme, "arithmetic": chosen.arithmetic, "part": chosen.part}
-    found = [(path, _disk_size(path), summary(open_model(path, **options))) for path in chosen.files]
+    found = []
+    for path in chosen.files:
+        model = open_model(path, **options)
+        size, rows = _disk_size(path), [*summary(model), *hints_of(path, model, chosen.scheme)]
+        found.append({"file": path, "bytes on disk": size, **dict(rows)})
+        if not chosen.json:  # at once: a file behind it may be damaged
+            print(*[""] * (len(found) > 1), f"{path}: {size:,} bytes on disk", sep="\n")
+            _print_rows([(f"  {name}", text) for name, text in rows])
     if chosen.json:
-        print(json.dumps([{"file": path, "bytes on disk": size, **dict(rows)} for path, size, rows in found], indent=1))
-        return 0
-    for i, (path, size, rows) in enumerate(found):
-        print(*([""] if i else []), f"{path}: {size:,} bytes on disk", sep="\n")
-        _print_rows([(f"  {name}", text) for name, text in rows])
+        print(json.dumps(found, indent=1))
     return 0
 
 

@@ -1,12 +1,14 @@
 """What the files are that commands are given: every form that a layer or a model is read from."""
 import contextlib
 import errno
+import mmap
 import os
 
 import edgeattn
 from edgeattn.files.checkpoints import kernel_set_of
 
-FORMS = ("A .safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
+_QUANTIZER = b'"\x0eQuantizeLinear'  # the op_type of a node, field 4, as protobuf has it
+FORMS = ("A .safetensors, .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
          "sentence-transformers save it")
 
 
@@ -43,6 +45,15 @@ def open_model(path, *, texts=False, tokenizer=None, scheme=None, arithmetic=Non
         return bundle.load(path)
     return _in_onnx(path, texts, tokenizer, scheme or "float32", arithmetic) if suffix == ".onnx" else edgeattn.load(
         path, arithmetic=arithmetic)
+
+
+def hints_of(path, model, scheme):
+    """(what, text) rows of a file that could be read otherwise than as `model`."""
+    if os.path.splitext(path)[1] == ".onnx" and scheme is None and not isinstance(model, edgeattn.MultiHeadAttention):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(_QUANTIZER) >= 0:
+                yield "quantizers", ("the file has some; float32 is what its weights stand for, --scheme static reads "
+                                     "its int8 layers")
 
 
 def _in_onnx(path, texts, tokenizer, scheme, arithmetic):

@@ -7,7 +7,8 @@ from edgeattn.arithmetic import KERNEL_SETS
 
 SCHEMES, PARTS = ("float32", "static"), ("text", "vision", "encoder")  # edgeattn.types has them for type checkers
 SHELLS = ("bash", "zsh", "fish")
-EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
+EXIT_STATUS = ("Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted, 141 "
+               "nobody reads the output.")
 
 
 class Words(argparse.HelpFormatter):

@@ -5,7 +5,7 @@ import re
 _ADVICE = (
     (r"path must end in \.safetensors or \.tflite, got '([^']*)', of which there is none", r"there is no \1"),
     (r"path must end in \.safetensors or \.tflite, got '([^']*)'",
-     r"\1 is no .safetensors, int8 .tflite, .onnx or .so file, and no folder"),
+     r"\1 is no .safetensors, .tflite, .onnx or .so file, and no folder"),
     (r"choose one by block=, its number or name", "`quant inspect` shows each, edgeattn.load with block= reads one"),
     (r"Read the model that it was made of \([^)]*\) and quantize that with quant\.quantize\(layer, "
      r"scheme='dynamic'\)", "Quantize the model that it was made of with `quant quantize --scheme dynamic`"),
@@ -17,7 +17,7 @@ _ADVICE = (
     (r"cut the text, or give the TextEncoder a max_length", "shorter ones fit"),
     (r"as quant\.calibrate gives and \w+\.save writes it", "as `quant calibrate` writes it"),
     (r"must be a layer from quant\.quantize", "must be an int8 layer, as `quant quantize` writes it"),
-    (r"must be an array or a mapping with", "must hold"),
+    (r"must be (an array|what \w+ is called with,) or a mapping with", "must hold"),
     (r"it has dtype object; only plain numbers are read, never objects",
      "it holds objects; only plain numbers are read"),
     (r"\bgot dtype ", "got "),

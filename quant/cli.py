@@ -16,6 +16,7 @@ from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cli_open import open_model
+from edgeattn.cli_output import UNREAD, let_go_of_output
 from edgeattn.cli_parser import EXIT_STATUS, SCHEMES, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
@@ -41,10 +42,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the sa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 after one line about an error, or 130 interrupted."""
+    """Run the command; returns its exit status: 0, 2 after one line about an error, 130 or 141 as the help says."""
     messages.show()
     try:
-        return commands.main(args=arguments, prog_name="quant", standalone_mode=False) or 0
+        status = commands.main(args=arguments, prog_name="quant", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return status
+    except (BrokenPipeError, SystemExit):  # what click makes of it
+        let_go_of_output()
+        return UNREAD
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return 2
@@ -59,7 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("quant: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        message = f"quant: {error.filename}: {error.strerror}" if error.filename else f"quant: {error}"
+        if error.filename:
+            message = f"quant: {error.filename}: {error.strerror}"
+        else:  # of standard output
+            let_go_of_output()
+            message = f"quant: {error.strerror or error}"
     except (ImportError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         message = f"quant: {in_words_of_the_command(str(error))}"
     print(" ".join(message.split()), file=sys.stderr)
@@ -133,8 +143,8 @@ def calibrate(source, data, output, observer, as_json):
 @click.argument("calibration", required=False, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
 @click.option("--scheme", type=click.Choice(["static", "dynamic"]),
-              help="static: int8 in and out, as a .tflite; dynamic: float in and out, without CALIBRATION. Unless "
-                   "given: static for a layer, dynamic for a model.")
+              help="static: every range from CALIBRATION, as in a .tflite; dynamic: ranges are found at run time. "
+                   "Unless given: static with CALIBRATION, dynamic for a model without.")
 @click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
               help="The TFLite kernel set that a static layer equals; litert unless given.")
 @click.option("--attention", type=click.Choice(["int8", "float32"]),
@@ -149,7 +159,8 @@ def calibrate(source, data, output, observer, as_json):
 def quantize(source, calibration, output, scheme, arithmetic, attention, room_for_masks, overrides, as_json):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
-    A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
+    A model needs no CALIBRATION unless it shall be static; with --scheme dynamic one chooses on your data which inputs
+    stay float32.
     """
     check_paths(output, source.path, calibration, suffix=".safetensors")
     overrides = dict(map(read_override, overrides)) or None
@@ -157,14 +168,14 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
     if precision(layer) != "float32":
         raise click.UsageError(f"{source.path} is int8 already: give the float one that it was made of")
     if isinstance(layer, MODELS):
-        scheme, attention = scheme or "dynamic", attention or "int8"
+        scheme, attention = scheme or ("dynamic" if calibration is None else "static"), attention or "int8"
         if scheme == "static" and calibration is None:
             raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or leave --scheme out")
         if calibration is None and "static" in (overrides or {}).values():
             raise click.UsageError("CALIBRATION is missing, which static int8 of an --override needs: run `quant "
                                    "calibrate` first")
         if scheme == "dynamic" and arithmetic is not None:
-            raise click.UsageError("--arithmetic needs --scheme static for a model")
+            raise click.UsageError("--arithmetic needs a static model: give CALIBRATION, and no --scheme dynamic")
         seen = None if calibration is None else ModelCalibration.load(calibration)
         with alive("quantizing"):
             edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,

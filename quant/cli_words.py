@@ -12,6 +12,9 @@ ADVICE = {
     "TransformerEncoder.from_torch, a whole model from its folder with edgeattn.from_pretrained":
         "read checkpoints of other libraries with --prefix or --torch-prefix, an encoder with --torch-encoder, and "
         "--num-heads; a whole model by its folder",
+    "MultiHeadAttention.from_checkpoint knows those of many families, edgeattn.from_pretrained a model's folder":
+        "--prefix knows those of many families, and a whole model is read by its folder",
+    "those that from_torch reads": "those of --torch-prefix",
     "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)":
         "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path) in Python",
     "give quant.calibrate calls with attn_mask, key_padding_mask or is_causal, or pass the mask to each call of this "

@@ -11,7 +11,7 @@ import numpy as np
 
 import edgeattn
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.cli_open import open_model
+from edgeattn.cli_open import hints_of, open_model
 from edgeattn.files.tflite import blocks_of
 from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
@@ -45,7 +45,10 @@ def describe_file(path, *, arithmetic: str | None = None, scheme: str | None = N
     """
     path = Path(path)
     if path.is_dir() or path.suffix in (".onnx", ".so") or scheme or part:
-        yield from _describe_model(open_model(path, scheme=scheme, arithmetic=arithmetic, part=part))
+        model = open_model(path, scheme=scheme, arithmetic=arithmetic, part=part)
+        yield from _describe_model(model)
+        for name, text in hints_of(path, model, scheme):
+            yield fill(f"{name}: {text}")
     elif path.suffix == ".tflite":
         yield from _describe_tflite(path, arithmetic)
     elif is_calibration(path):

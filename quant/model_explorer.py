@@ -46,6 +46,8 @@ def node_data(figures: Mapping[str, TensorReport], tflite: Path) -> str:
     graph = parse(data, name)
     nodes = [graph.tensors[number].name for operator in graph.operators for number in operator.outputs]
     found = {node: figures.get(_subject(node)) for node in nodes}
+    if "output" in found and "output" not in figures and len(nodes) > 1:  # an encoder's: of the half that ends in it
+        found["output"] = found[nodes[-2]]
     if not any(found.values()):
         raise ValueError(f"{name}: must be what quant.export wrote of the model compared: it has no node of "
                          f"{', '.join(list(figures)[:4])}")

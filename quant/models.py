@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # An output whose largest weight is over so many times the median of all would cost the others their digits.
 SPLIT = 4.0
+WITHOUT_DATA = "scheme='dynamic' needs none"  # no calibration, says an error about it
 
 
 class LacksFormError(ValueError):
@@ -178,7 +179,7 @@ def _checked(calibration: object, encoder: TransformerEncoder) -> ModelCalibrati
     """A calibration of this encoder."""
     if not isinstance(calibration, ModelCalibration):
         raise TypeError("calibration must be a quant.ModelCalibration for a whole encoder, as quant.calibrate gives of "
-                        f"one; got {type(calibration).__name__}")
+                        f"one; got {type(calibration).__name__}; {WITHOUT_DATA}")
     sizes = {name: (linear.inputs,) for name, linear in feed_forward_linears(encoder).items()}
     if calibration.encoder != encoder_fingerprint(encoder) or sizes != {
             name: largest.shape for name, largest in calibration.largest.items()}:

@@ -29,7 +29,7 @@ from edgeattn.quantized import (
 from quant.calibration import Calibration, check_layer, fingerprint
 from quant.model_calibration import ModelCalibration
 from quant.model_calls import MODELS
-from quant.models import dynamic_scheme, quantize_model, static_scheme
+from quant.models import WITHOUT_DATA, dynamic_scheme, quantize_model, static_scheme
 from quant.overrides import Given, of_layer
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
         return _quantize_dynamic(layer)
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must be a quant.Calibration for scheme='static' (run quant.calibrate first); "
-                        f"got {type(calibration).__name__}")
+                        f"got {type(calibration).__name__}; {WITHOUT_DATA}")
     if calibration.layer != fingerprint(layer):
         raise ValueError("calibration was made with another layer: its weights differ from this layer's")
     if overrides is not None:

@@ -6,9 +6,9 @@ import oracle_kernels as oracle
 
 from edgeattn.executors.cuda.ops import Group, SequencesOnDevice
 from edgeattn.executors.cuda.static_ops import StaticOps
-from edgeattn.kernels.cuda import layers
 from edgeattn.kernels.cuda.arrays import view
 from edgeattn.kernels.cuda.driver import driver
+from edgeattn.kernels.cuda.static_layer import StaticLayer
 from edgeattn.layers import attention
 
 
@@ -23,7 +23,7 @@ def seen(array):
 
 
 def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_rule, table, softmax):
-    """layers.StaticLayer from what oracle_kernels.static_layer takes."""
+    """StaticLayer from what oracle_kernels.static_layer takes."""
     real = {}
     for name, (weight, scale, bias) in linears.items():
         source = "context" if name == "output" else f"{name}_input"
@@ -33,14 +33,14 @@ def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_
     def matmul(rule, *names):
         return float(oracle.multiplier_bmm(rule, *(tensors[name][0] for name in names)))
 
-    return layers.StaticLayer(num_heads, real, matmul(score_rule, "query", "key", "scores"),
-                            matmul(context_rule, "probabilities", "value", "context"),
-                            {name: zero for name, (_, zero) in tensors.items()}, project_rule, score_rule, context_rule,
-                            table, softmax)
+    return StaticLayer(num_heads, real, matmul(score_rule, "query", "key", "scores"),
+                       matmul(context_rule, "probabilities", "value", "context"),
+                       {name: zero for name, (_, zero) in tensors.items()}, project_rule, score_rule, context_rule,
+                       table, softmax)
 
 
 def run_static(kernels, x, out, *, keep=None, band=None, lut_index=None, score_luts=None):
-    """What layers.StaticLayer gives for three inputs (B, T, E), Views, in `out`, a DeviceArray; `band` as the kernel's."""
+    """What StaticLayer gives for three inputs (B, T, E), Views, in `out`, a DeviceArray; `band` as the kernel's."""
     names = kernels.linears
     layer = types.SimpleNamespace(projections={name: name for name in names}, num_heads=kernels.heads,
                                   value_dim=names["value"].size)

@@ -261,7 +261,7 @@ ERRORS = [
     ("export layer.safetensors a.so --target cortex-m4", "Invalid value for '--target': 'cortex-m4' is not one of"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
-    ("inspect x.npy", "x.npy is no .safetensors, int8 .tflite, .onnx or .so file, and no folder"),
+    ("inspect x.npy", "x.npy is no .safetensors, .tflite, .onnx or .so file, and no folder"),
     ("inspect cut.tflite", "cut.tflite"),
     ("inspect cut.safetensors", "cut.safetensors is not a whole .safetensors file"),
     ("inspect", "quant inspect: Missing argument 'FILE'."),
@@ -542,7 +542,7 @@ def test_edgeattn_bench_times_every_layer_and_length(folder, capsys):
 
 @pytest.mark.parametrize("arguments,message", [
     (["bench", "nothing.safetensors"], "nothing.safetensors"),
-    (["warmup", "x.npy"], "x.npy is no .safetensors, int8 .tflite, .onnx or .so file"),
+    (["warmup", "x.npy"], "x.npy is no .safetensors, .tflite, .onnx or .so file"),
     (["bench", "layer.safetensors", "--length", "0"], "--length must be at least 1, got 0"),
 ])
 def test_edgeattn_errors_are_one_line(folder, capsys, arguments, message):

@@ -88,6 +88,17 @@ def test_info_says_what_files_hold(command):
     assert "class StaticMultiHeadAttention, static int8, as litert computes" in parts[6]
 
 
+def test_what_was_read_is_told_before_what_cannot_be(folder, capsys):
+    for line, first in (("info e.safetensors none.safetensors", "e.safetensors: "),
+                        ("warmup e.safetensors none.safetensors --length 2", "e.safetensors, 2 tokens: "),
+                        ("bench e.safetensors none.safetensors --length 2", "")):
+        assert edgeattn.cli.main(line.split()) == 2
+        out, err = capsys.readouterr()
+        assert first in out.splitlines()[0] and err == "edgeattn: none.safetensors: No such file or directory\n"
+        assert edgeattn.cli.main([*line.split(), "--json"]) == 2
+        assert capsys.readouterr().out == ""
+
+
 def test_inspect_lists_the_attention_of_an_exported_encoder(command):
     encoder = edgeattn.load("e.safetensors")
     static = quant.quantize(encoder, quant.calibrate(encoder, [np.load("x.npy")]))
@@ -212,7 +223,7 @@ def test_the_whole_job(command, model, data, batches, tokens):
     assert out.splitlines()[0] == f"wrote c.safetensors: calibrated on {', '.join(data)}"
     seen = re.search(r"saw (\d+) tokens in (\d+) calls? of the model", out)
     assert int(seen[2]) == batches and int(seen[1]) <= tokens
-    out = command(["quant", "quantize", model, "c.safetensors", "-o", "q.safetensors"])
+    out = command(["quant", "quantize", model, "c.safetensors", "-o", "q.safetensors", "--scheme", "dynamic"])
     assert out == "wrote q.safetensors: dynamic int8, attention int8, float in and out\n"
     float_model = edgeattn.load(model) if isinstance(model, str) else edgeattn.from_pretrained(model)
     int8 = quant.quantize(float_model, quant.ModelCalibration.load("c.safetensors"), scheme="dynamic")
@@ -238,7 +249,8 @@ def test_quantize_without_data(command):
 
 def test_quantize_to_static(command):
     command("quant calibrate e.safetensors x.npy -o c.safetensors")
-    out = command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --arithmetic tflm")
+    # with CALIBRATION it is static, of a model as of a layer, and as quant.quantize(encoder, calibration) is
+    out = command("quant quantize e.safetensors c.safetensors -o q.safetensors --arithmetic tflm")
     assert out == "wrote q.safetensors: static int8, attention int8, float in and out\n"
     assert edgeattn.load("q.safetensors") == quant.quantize(
         edgeattn.load("e.safetensors"), quant.ModelCalibration.load("c.safetensors"), arithmetic="tflm")
@@ -264,10 +276,16 @@ def test_export_of_an_encoder(command):
     x = np.load("x.npy")[:2]
     np.testing.assert_array_equal(edgeattn.load("again.safetensors")(x), edgeattn.load("q.safetensors")(x))
     for line, said in (("edgeattn info q.onnx --scheme static", "static int8, as litert computes"),
-                       ("edgeattn info q.onnx", "TransformerEncoder, float32"),
+                       ("edgeattn info q.onnx", "quantizers the file has some; float32 is what its weights stand for, "
+                        "--scheme static reads its int8 layers"),
+                       ("quant inspect q.onnx", "class: TransformerEncoder, float32"),
+                       ("quant inspect q.onnx", "quantizers: the file has some; float32 is what"),
                        ("quant inspect q.onnx --scheme static --arithmetic tflm", "static int8, as tflm computes"),
                        ("quant compare e.safetensors q.onnx x.npy", "arithmetic: static int8, as litert computes")):
         assert said in " ".join(command(line).split())
+    command("quant export e.safetensors f.onnx")
+    for line in ("edgeattn info q.onnx --scheme static", "edgeattn info f.onnx", "quant inspect f.onnx"):
+        assert "quantizers" not in command(line)
 
 
 def test_a_comparison_says_what_computes_also_of_a_bundle(command, monkeypatch):
@@ -294,7 +312,7 @@ def test_a_layers_comparison_as_json(command):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("quantize e.safetensors -o q.safetensors --arithmetic tflm", "--arithmetic needs --scheme static for a model"),
+    ("quantize e.safetensors -o q.safetensors --arithmetic tflm", "--arithmetic needs a static model: give CALIBRATION"),
     ("quantize e.safetensors -o q.safetensors --scheme static", "CALIBRATION is missing: run `quant calibrate` first"),
     ("quantize layer.safetensors -o q.safetensors --attention float32", "--attention must be left out for a layer"),
     ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
@@ -305,6 +323,7 @@ def test_a_layers_comparison_as_json(command):
     ("calibrate t.safetensors x.npy -o c.safetensors", "x.npy: ids must be an integer array, got float32"),
     ("calibrate t.safetensors texts.txt -o c.safetensors", "texts.txt: this TextEncoder has no tokenizer"),
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
+    ("calibrate e.safetensors other.npz -o c.safetensors", "quant: other.npz must hold 'x' and any of 'lengths', 'key_pa"),
     ("calibrate none x.npy -o c.safetensors", "quant: none: No such file or directory\n"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
     ("export e.safetensors e.c --sequence-length 9", "make it of the float encoder with `quant calibrate` and `quant quantize --arith"),
@@ -319,6 +338,7 @@ def test_a_layers_comparison_as_json(command):
     ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for --scheme dynamic"),
 ])
 def test_quant_errors_are_one_line(command, line, message):
+    np.savez("other.npz", foo=np.zeros(3))
     before = sorted(Path().iterdir())
     assert message in command(f"quant {line}", status=2)
     assert sorted(Path().iterdir()) == before

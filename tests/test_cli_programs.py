@@ -173,11 +173,26 @@ def test_no_message_of_a_command_speaks_python(awkward, made, monkeypatch, capsy
     assert len(lines) > 120 and spoken == {}
 
 
+@pytest.mark.parametrize("kind, line", [("edgeattn", "info int8.safetensors"), ("quant", "inspect int8.safetensors")])
+def test_output_that_cannot_be_written(layers, kind, line):
+    for buffered in ("", "1"):
+        told = {"cwd": layers, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": buffered}}
+        command = [sys.executable, "-c", f"import sys; from {kind}.__main__ import main; sys.exit(main())", *line.split()]
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(command, stdout=write, **told)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, "")  # as `| head` leaves a command
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            done = subprocess.run(command, stdout=full, **told)
+        assert (done.returncode, done.stderr) == (2, f"{kind}: No space left on device\n")
+
+
 def test_exit_statuses_are_those_of_the_help(command, monkeypatch, capsys):
     for line in ("edgeattn --help", "quant --help", "edgeattn info --help"):
         assert "0 done, 2 an error," in " ".join(command(line)[1].split())
     page = " ".join((ROOT / "docs/commands.md").read_text(encoding="utf-8").split())
-    assert "0 done, 2 an error" in page and "130 interrupted" in page
+    assert "0 done, 2 an error" in page and "130 interrupted, 141 nobody reads the output" in page
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -64,6 +64,8 @@ def view_safetensors(path: Path, content: memoryview
 def _contents(path: Path, read: Callable[[int], bytes], size: int, fetch: Callable[[int, np.dtype, int], np.ndarray]
               ) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """From what `read` gives of it, byte after byte; `fetch` gives numbers from a place on."""
+    if not size:
+        raise ValueError("it is empty")
     header_size = int.from_bytes(read(8), "little")
     if size < 8 or header_size > size - 8:
         raise ValueError(f"its header should have {header_size} bytes, and the file has {size}")

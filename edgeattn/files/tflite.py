@@ -367,6 +367,7 @@ class _Matcher(CheckedScores):
                     raise self.error(
                         f"expected QUANTIZE to read a float32 graph input; found {self.tensor(tensor).name!r}"
                     )
+            self.tell_of_pieces(tensor)
             roots.append((tensor, quantization))
         for number in self.graph.inputs:
             if self.alone and number not in [tensor for tensor, _ in roots]:
@@ -383,6 +384,17 @@ class _Matcher(CheckedScores):
         for source, (_, quantization) in zip(sources, roots, strict=True):
             tensors[f"{INPUTS[source]}_input"] = quantization
         return sources
+
+    def tell_of_pieces(self, tensor: int) -> None:
+        """Of a block whose input is put together of features, which a caller has to do then."""
+        maker = self.graph.operators[self.producers[tensor]] if tensor in self.producers else None
+        if maker is None or maker.name != "CONCATENATION":
+            return
+        widths = [self.tensor(number).shape[-1] for number in maker.inputs if number >= 0 and self.tensor(number).shape]
+        if len(widths) > 1:
+            told = (f"{self.name}: the block reads {sum(widths)} features, {self.tensor(tensor).name!r}, which "
+                    f"CONCATENATION makes of {widths[0]} and {sum(widths[1:])} more: the layer takes all of them")
+            self.told += [told] * (told not in self.told)
 
     def operands_of_edge(self, operator: Operator) -> tuple[int, ...]:
         if len(operator.inputs) != 1 or len(operator.outputs) != 1 or operator.inputs[0] < 0:

@@ -15,7 +15,7 @@ from edgeattn.checks import FLOAT32, check_out, float_array, result_dtype, to_fl
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
-from edgeattn.hints import hinted
+from edgeattn.hints import explained, hinted
 from edgeattn.kinds import class_of
 from edgeattn.layers.call import resolve_call_mask
 from edgeattn.layers.encoder_call import (
@@ -102,6 +102,8 @@ class TransformerEncoder(Placeable, Stored):
             raise ValueError(f"norm must be a LayerNorm or RMSNorm of E = {self.embed_dim} features, got {norm}")
 
     @classmethod
+    @explained("a state dict does not say what the layers were made with; torch's own defaults are activation='relu', "
+               "norm_first=False")
     def from_torch(cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, *,
                    activation: Activation, norm_first: Flag, prefix: str = "", layer_norm_eps: float = 1e-5) -> Self:
         """The encoder that torch.nn.TransformerEncoder or torch.nn.TransformerEncoderLayer stored.
@@ -428,20 +430,23 @@ class TransformerEncoder(Placeable, Stored):
 
     def call_with_torch_masks(self, x: ArrayLike, *, attn_mask: ArrayLike | None = None,
                               key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
-                              out: Floats | None = None) -> Floats:
+                              out: Floats | None = None, mask: ArrayLike | None = None,
+                              src_key_padding_mask: ArrayLike | None = None) -> Floats:
         """Encode with masks as torch.nn.TransformerEncoder takes them: True = blocked.
 
         Parameters
         ----------
         x : (B, L, E) or (L, E) array
         attn_mask : (L, L) or (B * H, L, L) bool or float array, optional
-            torch's `mask`. bool: True = do not attend. float: added to the scores.
+            bool: True = do not attend. float: added to the scores.
         key_padding_mask : (B, L) or (L,) bool or float array, optional
-            torch's `src_key_padding_mask`. bool: True = padding. float: added to the scores.
+            bool: True = padding. float: added to the scores.
         is_causal : bool
             A token sees none after it; unlike torch's this is no hint.
         out : array of the shape and dtype of `x`, optional
             Takes the result.
+        mask, src_key_padding_mask : array, optional
+            What torch.nn.TransformerEncoder calls `attn_mask` and `key_padding_mask`.
 
         Returns
         -------
@@ -455,6 +460,8 @@ class TransformerEncoder(Placeable, Stored):
         """
         x = float_array("x", x)
         self.check_shape(x)
+        attn_mask = _either("attn_mask", attn_mask, "mask", mask)
+        key_padding_mask = _either("key_padding_mask", key_padding_mask, "src_key_padding_mask", src_key_padding_mask)
         shape = (*x.shape[:-2], self.layers[0].attention.num_heads, *x.shape[-2:-1] * 2)
         attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
         result: Any = self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
@@ -480,6 +487,13 @@ class TransformerEncoder(Placeable, Stored):
             layer.attention, getattr(layer.feed_forward, "linear1", layer.feed_forward))}))
         return (f"TransformerEncoder({len(self.layers)} layers of {kinds}, "
                 f"num_heads={self.layers[0].attention.num_heads}, embed_dim={self.embed_dim}, norm={self.norm})")
+
+
+def _either(name: str, given: ArrayLike | None, other_name: str, other: ArrayLike | None) -> ArrayLike | None:
+    """The one of two names of an argument that was given."""
+    if given is not None and other is not None:
+        raise ValueError(f"{other_name} must be left out with {name}, which is the same; got both")
+    return other if given is None else given
 
 
 def _is_own(encoder: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import as_array, float_array
+from edgeattn.files.paths import listed
 from edgeattn.layers.call import check_cache
 from edgeattn.masks import NO_WINDOW
 
@@ -88,7 +89,7 @@ def checked_lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
     if array.shape != lead[:-1]:
         raise ValueError(f"lengths must have shape {lead[:-1]}, one per sequence, got {array.shape}")
     if array.size and not (array.min() >= 0 and array.max() <= lead[-1]):
-        raise ValueError(f"lengths must lie between 0 and L = {lead[-1]}, got {array.tolist()}")
+        raise ValueError(f"lengths must lie between 0 and L = {lead[-1]}, got [{listed(array.tolist())}]")
     counts: list[int] = array.reshape(-1).tolist()
     return counts
 

@@ -124,10 +124,15 @@ class TransformerEncoderLayer(Stored):
 
     @functools.cached_property
     def _alone(self) -> TransformerEncoder:
-        """An encoder of this layer, which keeps what its calls have in common."""
+        """An encoder of this layer, which keeps what its calls have in common.
+
+        Of another object of the same parts: in a cycle with its encoder a layer would stay in memory for the collector.
+        """
         from edgeattn.layers.encoder import TransformerEncoder  # which is made of layers
 
-        return TransformerEncoder([self])
+        same = object.__new__(type(self))
+        vars(same).update(vars(self))
+        return TransformerEncoder([same])
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:

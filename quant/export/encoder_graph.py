@@ -7,6 +7,7 @@ the runtime's integers; the weights of a dynamic one are int8, and the runtime q
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +53,9 @@ def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: i
     with prepared(encoder, (batch, sequence_length), mask) as sequences:
         x = ops.graph.activation("input", (batch, sequence_length, encoder.embed_dim), np.float32)
         ops.graph.inputs = [x, ops.tokens(encoder)] if padding else [x]
-        ops.graph.outputs = [encoder.forward(ops, x, sequences)]
+        result = encoder.forward(ops, x, sequences)
+    ops.graph.outputs = [result]
+    ops.graph.tensors[result] = dataclasses.replace(ops.graph.tensors[result], name="output")  # as a layer's is named
     return ops.graph
 
 

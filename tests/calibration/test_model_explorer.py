@@ -50,7 +50,7 @@ def test_every_node_of_a_half_has_its_figure(tmp_path, settings):
         name for name in nodes_of(path) if not name.startswith(("layers.0.attention", "layers.0.norm1", "layers.0.sum1"))}
     for name, half in (("layers.1.attention.query", "layers.1.attention"), ("layers.1.sum1", "layers.1.attention"),
                        ("layers.0.sum2", "layers.0.feed_forward"),
-                       ("layers.0.feed_forward.linear2", "layers.0.feed_forward")):
+                       ("layers.0.feed_forward.linear2", "layers.0.feed_forward"), ("output", "layers.1.feed_forward")):
         assert results[name]["value"] == pytest.approx(report.alone[half].sqnr_db, abs=0.01)
 
 

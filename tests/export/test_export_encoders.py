@@ -166,6 +166,26 @@ def test_inputs_that_were_apart_are_codes_among_the_others():
     assert (np.abs(weight[:12] - linear.weight) < 1.01 * step).all()
 
 
+def test_a_block_of_spread_inputs_tells_its_width(tmp_path):
+    made = static(encoder())
+    path = quant.export(made, tmp_path / "e.tflite", sequence_length=L)
+    more = len(made.layers[0].attention.more_inputs)
+    assert more
+    with pytest.warns(UserWarning, match=rf"the block reads {E + more} features, .* makes of {E} and {more} more: "):
+        assert edgeattn.load(path, block=0).embed_dim == E + more
+    alone = made.layers[0].attention.attention  # what the file of the layer itself has as its input tells nothing
+    assert edgeattn.load(quant.export(alone, tmp_path / "a.tflite", sequence_length=L), block=0).embed_dim == E + more
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm_first": True}])
+def test_input_and_output_are_named_so(settings):
+    made = encoder(**settings)
+    for each in (made, TransformerEncoder(made.layers), static(made), quant.quantize(made, scheme="dynamic")):
+        graph = parse(write_tflite(each, sequence_length=L), "e.tflite")
+        assert [graph.tensors[at].name for at in (*graph.inputs, *graph.outputs)] == ["input", "output"]
+        assert [tensor.name for tensor in graph.tensors].count("output") == 1
+
+
 def test_a_norm_without_weights_has_no_operators_for_them():
     def operators(bias):
         norms = (edgeattn.LayerNorm(np.ones(E), bias, 1e-5) for _ in range(2))

@@ -103,6 +103,26 @@ def test_torch_masks_are_the_inverse():
     made = encoder()
     np.testing.assert_array_equal(made.call_with_torch_masks(x, attn_mask=blocked, key_padding_mask=padding),
                                   made(x, attn_mask=~blocked, key_padding_mask=~padding))
+    # as torch.nn.TransformerEncoder calls them
+    np.testing.assert_array_equal(made.call_with_torch_masks(x, mask=blocked, src_key_padding_mask=padding),
+                                  made(x, attn_mask=~blocked, key_padding_mask=~padding))
+    with pytest.raises(ValueError, match="^mask must be left out with attn_mask, which is the same; got both"):
+        made.call_with_torch_masks(x, attn_mask=blocked, mask=blocked)
+    with pytest.raises(ValueError, match="^src_key_padding_mask must be left out with key_padding_mask"):
+        made.call_with_torch_masks(x, key_padding_mask=padding, src_key_padding_mask=padding)
+
+
+def test_a_layer_that_was_called_leaves_memory_with_its_last_name():
+    layer = encoder().layers[0]
+    layer(tokens(2, 7))
+    left = weakref.ref(layer)
+    gc.collect()
+    gc.disable()
+    try:
+        del layer
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("width, heads", [(E, H), (384, 12)])
@@ -634,6 +654,26 @@ def test_files_that_lie(where, value, tmp_path):
     save_file(tensors, tmp_path / "encoder.safetensors", metadata={"edgeattn": json.dumps(header)})
     with pytest.raises(ValueError, match="encoder.safetensors does not hold a (valid|whole) TransformerEncoder: "):
         edgeattn.load(tmp_path / "encoder.safetensors")
+
+
+def test_a_state_dict_needs_what_it_does_not_say():
+    with pytest.raises(TypeError, match=r"^TransformerEncoder.from_torch\(\) missing 2 .*; torch's own defaults are "
+                                        "activation='relu', norm_first=False$"):
+        TransformerEncoder.from_torch(oracle.torch_state_dict(weights()), H)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'eps'$"):
+        TransformerEncoder.from_torch({}, H, activation="relu", norm_first=False, eps=1)
+
+
+def test_a_wrong_prefix_names_the_right_ones():
+    stored = {f"net.{name}": array for name, array in oracle.torch_state_dict(weights(), NORM).items()}
+    layer = {name.replace("layers.0.", ""): array for name, array in stored.items() if "layers.0." in name}
+    for state, prefix, told in (
+            (stored, "", r"prefixes that fit one: \['net\.'\]$"), (stored, "net", r"prefixes that fit one: \['net\.'\]$"),
+            (layer, "layers.", r"prefixes that fit one: \['net\.'\]$"), ({}, "", "it is empty$"),
+            ({f"h.{i}.c_attn.weight": np.eye(2) for i in range(9)}, "",
+             r"its names are \[h\.0\.c_attn\.weight, .*, \.\.\.\]; MultiHeadAttention\.from_checkpoint knows")):
+        with pytest.raises(ValueError, match=rf"prefix '{prefix}' fits no torch.nn.TransformerEncoder in .*; {told}"):
+            TransformerEncoder.from_torch(state, H, prefix=prefix, activation="relu", norm_first=False)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -242,7 +242,7 @@ def layer(**changes):
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [
-    (lambda: quant.quantize(encoder()), TypeError, "calibration must be a quant.ModelCalibration for a whole encoder"),
+    (lambda: quant.quantize(encoder()), TypeError, "got NoneType; scheme='dynamic' needs none$"),
     (lambda: quant.quantize(encoder(), scheme="int4"), ValueError, "scheme must be 'static' or 'dynamic'"),
     (lambda: static(encoder(), data(2, 5), arithmetic="xnnpack"), ValueError, "arithmetic must be one of"),
     (lambda: quant.quantize(encoder(), quant.calibrate(encoder(seed=5), [random(3, E)])), ValueError,

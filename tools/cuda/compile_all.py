@@ -26,7 +26,7 @@ def kernels() -> dict:
     from cuda_limits import DYNAMIC_ACTIVATIONS, LIMITS
 
     from edgeattn.arithmetic import KERNEL_SETS
-    from edgeattn.kernels.cuda import attention, int8, linear_dynamic, masks, merge, quantize
+    from edgeattn.kernels.cuda import attention, linear_dynamic, linear_int8, masks, merge, quantize, static_attention
 
     both, sizes = (True, False), list(itertools.product((32, 64), (32, 64)))
     made = [row[0] for row in LIMITS if not row[0].name.startswith("static")]  # whose flags are told in calls
@@ -40,10 +40,10 @@ def kernels() -> dict:
         made.append(attention.attention("float32", rows, chunk, "float32", "int8", True, "float32"))
     made += [attention.attention("float16", 32, 128, "float32", "float32", wide, "float32") for wide in both]
     for row in KERNEL_SETS.values():
-        made += [int8.linear_int8(row.fully_connected, *flags) for flags in itertools.product(both, both)]
-        made += [int8.static_attention(row.batch_matmul, row.batch_matmul, row.softmax, *flags)
+        made += [linear_int8.linear_int8(row.fully_connected, *flags) for flags in itertools.product(both, both)]
+        made += [static_attention.static_attention(row.batch_matmul, row.batch_matmul, row.softmax, *flags)
                  for flags in itertools.product(both, both)]
-    made += [int8.linear_int8(None, wide) for wide in both]
+    made += [linear_int8.linear_int8(None, wide) for wide in both]
     made += [linear_dynamic.linear_rows(name, True) for name in DYNAMIC_ACTIVATIONS]
     made += [quantize.store_rows(rule) for rule in (None, "cache", "dynamic", "fixed")]
     made += [merge.merge("float16"), masks.both()]

@@ -63,7 +63,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     will be asked with.
     """
     from edgeattn.checks import default_scale
-    from edgeattn.kernels.cuda import host
+    from edgeattn.kernels.cuda import attend
     from edgeattn.kernels.cuda.call import Call
     from edgeattn.kernels.cuda.launch_graph import as_argument, capture
 
@@ -100,10 +100,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
             lse = as_argument(made[-1].reshape(batch, heads, queries), _LSE) if return_lse else None
             where = dict(stream=call.stream, like=call.like)
             if precision == "int8" and keys and q.shape[-1]:
-                host.attend_int8(*arrays, scale, **where, **masks)
+                attend.attend_int8(*arrays, scale, **where, **masks)
             else:
-                host.attend(*arrays, scale, softcap, lse=lse, weights=weights, **where,
-                            precision="float32" if precision == "int8" else precision, **masks)
+                attend.attend(*arrays, scale, softcap, lse=lse, weights=weights, **where,
+                              precision="float32" if precision == "int8" else precision, **masks)
     made_at = [OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
     _CALLS.record(*known_as, record, read, list(zip(made_at, made, strict=True)))
     return results if len(results) > 1 else results[0]

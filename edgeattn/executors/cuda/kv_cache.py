@@ -178,10 +178,11 @@ class CacheOnCuda(KVCache):
 
     def attend_device(self, query, out, scale, rows, softcap=0.0, *, left, right, offset, at_end, keep=None, bias=None,
             **options):
-        """`edgeattn.kernels.cuda.host.attend` to all tokens held; masks of all positions, of queries rows[0] to
+        """`edgeattn.kernels.cuda.attend.attend` to all tokens held; masks of all positions, of queries rows[0] to
         rows[1] - 1.
         """
-        from edgeattn.kernels.cuda.host import attend, masks_part
+        from edgeattn.kernels.cuda.attend import attend
+        from edgeattn.kernels.cuda.host import masks_part
 
         masks = masks_part(dict(left=left, right=right, offset=offset, at_end=at_end, keep=keep, bias=bias), rows,
                            (self._start, self._length))

@@ -259,7 +259,7 @@ class StaticOnCuda(OnCuda):
         super().__init__(layer)
         from edgeattn.kernels.cuda.arrays import view
         from edgeattn.kernels.cuda.driver import driver
-        from edgeattn.kernels.cuda.layers import StaticLayer
+        from edgeattn.kernels.cuda.static_layer import StaticLayer
 
         self._kernels = StaticLayer(**layer.kernel_parameters())
         self.score_luts = None if layer.score_luts is None else view("score_luts", driver().array(layer.score_luts))

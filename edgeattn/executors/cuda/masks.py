@@ -9,7 +9,7 @@ from edgeattn.masks import fit_attn_mask, resolve_mask, window_bounds
 
 def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causal=False, causal_alignment=None,
                  window_size=(-1, -1), kv_lengths=None, alibi_slopes=None, position=None, join=None):
-    """The arguments of `edgeattn.kernels.cuda.host.attend` that say what is permitted.
+    """The arguments of `edgeattn.kernels.cuda.attend.attend` that say what is permitted.
 
     Parameters
     ----------

@@ -313,8 +313,9 @@ class CudaOps(DeviceOps):
         return rows
 
     def _attend(self, inputs, linears, layer, sequences, group, out):
+        from edgeattn.kernels.cuda.attend import attend, attend_int8
         from edgeattn.kernels.cuda.encoder import DynamicRows
-        from edgeattn.kernels.cuda.host import attend, attend_int8, scratch
+        from edgeattn.kernels.cuda.host import scratch
         from edgeattn.kernels.cuda.layers import FloatLinear, as_heads, repeated
 
         heads, cache = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), sequences.cache

@@ -12,7 +12,7 @@ class StaticOps(DeviceOps):
 
     Parameters
     ----------
-    kernels : edgeattn.kernels.cuda.layers.StaticLayer
+    kernels : edgeattn.kernels.cuda.static_layer.StaticLayer
     stream, like
         As for `DeviceOps`.
     score_luts, lut_index : View or None
@@ -77,6 +77,6 @@ class StaticOps(DeviceOps):
 
 def _read(masks):
     """What `StaticLayer.attend` takes of masks."""
-    from edgeattn.kernels.cuda.layers import band_of
+    from edgeattn.kernels.cuda.static_layer import band_of
 
     return {"band": band_of(masks["left"], masks["right"], masks["offset"]), "keep": masks.get("keep")}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeattn.checks import count
-from edgeattn.files.checkpoints.tensors import Tensors, check_heads, check_source, read_named
+from edgeattn.files.checkpoints.tensors import Tensors, check_heads, check_source, other_names, read_named
 from edgeattn.files.paths import listed
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def checkpoint_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, prefi
              for stem in [name.removesuffix(f"{row.inputs[0]}.weight")] if stem == "" or stem.endswith(".")
              if all(f"{stem}{each}.weight" in known for each in (*row.inputs, row.out))]
     chosen = [each for each in found if each[0] == prefix] or [each for each in found if each[0].startswith(prefix)]
+    if not found:
+        raise ValueError(f"prefix {prefix!r} fits no attention layer in {source}; {other_names(names)}")
     if len(chosen) != 1:
         raise ValueError(f"prefix {prefix!r} fits {len(chosen)} attention layers in {source}; prefixes that fit one: "
                          f"[{listed(sorted(repr(stem) for stem, _ in chosen or found))}]")

@@ -13,9 +13,12 @@ from edgeattn.files.checkpoints.tensors import (
     check_heads,
     check_source,
     open_state_dict,
+    other_names,
+    prefixes_of,
     read_named,
     times,
 )
+from edgeattn.files.paths import listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +35,8 @@ _BERT_NORM = (
     "output.LayerNorm.gamma",
     "output.LayerNorm.beta",
 )
+# A tensor that an encoder has, and one of its layers alone.
+_ENCODERS = ("layers.0.self_attn.in_proj_weight", "self_attn.in_proj_weight")
 # Causal masks that older releases of transformers stored as if they were weights.
 _GPT2_MASKS = ("bias", "masked_bias")
 
@@ -121,7 +126,12 @@ def torch_encoder_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, nu
         Listing all missing, unexpected and mis-shaped tensors.
     """
     check_source("state_dict_or_path", state_dict_or_path)
-    source, found, _ = read_named(state_dict_or_path, prefix)
+    source, found, names = read_named(state_dict_or_path, prefix)
+    if not any(f"{prefix}{each}" in found for each in _ENCODERS):
+        fitting = [prefixes_of(names, each) for each in _ENCODERS]
+        way_out = (f"prefixes that fit one: [{listed(map(repr, fitting[0] or fitting[1]))}]" if fitting[1] else
+                   other_names(names))
+        raise ValueError(f"prefix {prefix!r} fits no torch.nn.TransformerEncoder in {source}; {way_out}")
     tensors = Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
     count = next(i for i in itertools.count() if f"layers.{i}.self_attn.in_proj_weight" not in tensors)
     stems = [f"layers.{i}." for i in range(count)] or [""]

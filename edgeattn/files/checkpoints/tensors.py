@@ -14,6 +14,7 @@ from edgeattn.files.tensor_files import read_tensors
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Before 2.6 a made-up file could run code in spite of weights_only=True (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
+_SHOWN = 4  # names of tensors that are not what was looked for
 
 
 class Tensors:
@@ -54,6 +55,9 @@ class Tensors:
         unexpected = [
             self.prefix + name for name in self.found if name not in self.expected and name not in ignored
         ]
+        if len(missing) == len(self.expected) and unexpected:
+            raise ValueError(f"{self.source} holds no {what} under prefix {self.prefix!r}, which has {missing[0]}; "
+                             f"{other_names(self.found)}")
         misshaped = []
         for name, shape in self.expected.items():
             if name in self.found and not _fits(self.found[name].shape, shape):
@@ -93,15 +97,31 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     """
     check_source("state_dict_or_path", state_dict_or_path)
     source, found, names = read_named(state_dict_or_path, prefix)
-    prefixes = sorted({name[: -len(end)] for name in names for end in landmarks if name.endswith(end)})
+    prefixes = prefixes_of(names, *landmarks)
     longer = [each for each in prefixes if each.startswith(prefix)]
     if not found or (longer and prefix not in longer):
         fits = "no attention layer" if found else "no tensor"
-        raise ValueError(
-            f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: "
-            f"[{listed(map(repr, longer or prefixes))}]"
-        )
+        way_out = (f"prefixes with {' or '.join(landmarks)}: [{listed(map(repr, longer or prefixes))}]" if prefixes else
+                   other_names(names))
+        raise ValueError(f"prefix {prefix!r} fits {fits} in {source}; {way_out}")
     return Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
+
+
+def prefixes_of(names, *landmarks):
+    """What stands before names that end so, sorted."""
+    return sorted({name[: -len(end)] for name in names for end in landmarks if name.endswith(end)})
+
+
+def other_names(names):
+    """For an error: what a checkpoint of names that are not those looked for may be, and what reads it."""
+    if not names:
+        return "it is empty"
+    of_torch = prefixes_of(names, "in_proj_weight")
+    if of_torch:
+        return f"its names are those that from_torch reads, under the prefixes [{listed(map(repr, of_torch))}]"
+    shown = listed([*sorted(names)[:_SHOWN], *["..."][:len(names) > _SHOWN]])
+    return (f"its names are [{shown}]; MultiHeadAttention.from_checkpoint knows those of many families, "
+            "edgeattn.from_pretrained a model's folder")
 
 
 def check_source(name, value):

@@ -15,10 +15,9 @@ from edgeattn.kernels.cuda.ptx import (
     times_wide,
 )
 
-from .attention import exp2
+from .softmax import LOG2_E, exp2
 
 THREADS = 128
-_LOG2_E = 1.4426950408889634
 
 # -- mean over heads -------------------------------------------------------------------------------------------------
 (M_X, M_OUT, M_ADDRESSES) = range(3)
@@ -63,7 +62,7 @@ def gate():
         row, d = quotient(n, p[G_WIDTH]), remainder(n, p[G_WIDTH])
         to = (a[G_X] + times_wide(quotient(row, p[G_T]), p[G_X_B]) + times_wide(remainder(row, p[G_T]), p[G_X_T])
               + times(d, 4))
-        power = load_f32(good, a[G_GATE] + times_wide(n, 4)) * float32(-_LOG2_E)
+        power = load_f32(good, a[G_GATE] + times_wide(n, 4)) * float32(-LOG2_E)
         power = select_f(power > float32(127.0), float32(127.0), power)
         y = divide(load_f32(good, to), float32(1.0) + exp2(power))
         store_f32(good, to, y)

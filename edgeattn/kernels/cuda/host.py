@@ -1,23 +1,16 @@
-"""Attention between arrays on the device: which kernels, grids and numbers. Nothing here waits for the GPU.
+"""What launches have in common, and those of small kernels: rows, masks, gates. Nothing here waits for the GPU.
 
 Letters as in attention.py. Every `like` is an array whose kind scratch memory is of, and `stream` a handle, an int.
 """
-import functools
-
 import numpy as np
 
-from edgeattn.kernels.cuda import attention as fa
 from edgeattn.kernels.cuda import elements as el
-from edgeattn.kernels.cuda import key_mean
 from edgeattn.kernels.cuda import masks as mk
-from edgeattn.kernels.cuda import merge as fm
 from edgeattn.kernels.cuda import quantize as qz
 from edgeattn.kernels.cuda.array_provider import kind
 from edgeattn.kernels.cuda.arrays import View, view
-from edgeattn.kernels.cuda.driver import driver
 from edgeattn.kernels.cuda.launch_graph import capturing, launch
 
-LOG2_E = 1.4426950408889634
 SMALL = 2**31
 MOST_HEADS = 65535  # the second axis of a grid
 
@@ -87,161 +80,13 @@ def masks_part(masks, rows, keys):
     return found
 
 
-# -- float32 attention -----------------------------------------------------------------------------------------------
-
-
 def is_wide(arrays):
     """Whether four numbers at a time can be read and written in all arrays: sizes, addresses and strides allow it."""
     return all(a.shape[-1] % 4 == 0 and a.pointer % (4 * a.dtype.itemsize) == 0
                and all(s % (4 * a.dtype.itemsize) == 0 for s in a.strides[:-1]) for a in arrays)
 
 
-@functools.lru_cache(maxsize=256)
-def _attention_plan(precision, q, k, v, out, numbers, processors):
-    """(rows, chunk, grid, splits) and what the shapes alone say of P_..., for (shape, strides) pairs."""
-    (B, H, L, D), (_, Hkv, S, _), Dv = q[0], k[0], v[0][3]
-    rows, longest = 32 if L <= 32 else 64, max(D, Dv)
-    # a piece as long as shared memory has room for: pieces of values cost the scores anew
-    chunk = 32 if longest <= 32 else 128 if longest > 64 and precision == "float16" else 64
-    if precision == "int8":
-        rows = chunk = 64
-    value_chunks = max(ceil_div(Dv, chunk), 1)
-    blocks = ceil_div(L, rows) * B * H * value_chunks
-    splits = min(ceil_div(2 * processors, blocks), ceil_div(S, 4 * fa.KEYS))
-    splits = splits if blocks < processors and splits > 1 else 1
-    p = [0] * fa.P_COUNT
-    for slot, value in ((fa.P_H, H), (fa.P_GROUP, H // Hkv), (fa.P_L, L), (fa.P_S, S), (fa.P_D, D), (fa.P_DV, Dv),
-                        (fa.P_CHUNKS, max(ceil_div(D, chunk), 1)), (fa.P_VALUE_CHUNKS, value_chunks),
-                        (fa.P_SPLITS, splits)):
-        p[slot] = value
-    for slot, (_, strides) in ((fa.P_Q_B, q), (fa.P_K_B, k), (fa.P_V_B, v), (fa.P_OUT_B, out)):
-        p[slot:slot + 3] = strides[:3]
-    for slot, value in numbers:
-        p[slot] = value
-    return rows, chunk, (ceil_div(L, rows), B * H, value_chunks * splits), splits, tuple(p)
-
-
-def _factor(scale, softcap):
-    """Of products before the hyperbolic tangent of a softcap, or else of scores to base 2."""
-    return scale / softcap if softcap else scale * LOG2_E
-
-
-class _Launch:
-    """Attention of queries to one set of keys, ready to go: which kernel, grid and numbers; arguments as `attend`'s."""
-
-    def __init__(self, q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_end=False, lengths=None,
-                 keep=None, bias=None, slopes=None, key_scale=None, value_scale=None, q_scale=None,
-                 precision="float32"):
-        for name, array in (("query", q), ("key", k), ("value", v), ("out", out), ("attn_mask", keep),
-                            ("attn_mask", bias)):
-            if array is not None:
-                check_reach(name, array)
-        B, H, L, _ = out.shape
-        check_heads(B, H)
-        numbers = [(fa.P_LEFT, left), (fa.P_RIGHT, right), (fa.P_OFFSET, offset), (fa.P_AT_END, int(at_end)),
-                   (fa.P_FACTOR, bits(_factor(scale, softcap))),
-                   (fa.P_SOFTCAP, bits(softcap * LOG2_E) if softcap else 0),
-                   (fa.P_LSE_B, 4 * H * L), (fa.P_LSE_H, 4 * L)]
-        if lengths is not None:
-            numbers.append((fa.P_LENGTHS_64, int(lengths.dtype.itemsize == 8)))
-        for slot, mask in ((fa.P_KEEP_B, keep), (fa.P_BIAS_B, bias)):
-            if mask is not None:
-                numbers += enumerate(spread(mask), slot)
-        if slopes is not None and slopes.ndim == 2:
-            numbers.append((fa.P_SLOPES_B, slopes.strides[0]))
-        if key_scale is not None:
-            numbers += enumerate(key_scale.strides, fa.P_SCALE_B)
-        if precision == "int8":
-            numbers.append((fa.P_V_S, v.strides[3]))
-        rows, chunk, self.grid, self.splits, self.numbers = _attention_plan(
-            precision, *((x.shape, x.strides) for x in (q, k, v, out)), tuple(numbers), driver().processors())
-        formats, read = (q.dtype.name, k.dtype.name), (q, k, v, out)
-        if precision == "int8":
-            formats, read = ("codes", "codes"), (out,)
-        self.kind = precision, rows, chunk, *formats, is_wide(read)
-        self.keys, self.out_format = k.shape[2], out.dtype.name
-        self.addresses = [q.pointer, k.pointer, v.pointer, out.pointer, 0, address(keep), address(bias),
-                          address(lengths), address(slopes), address(key_scale), address(value_scale),
-                          address(q_scale)]
-
-    def alone(self, lse, stream):
-        """All of it, the log-sum to `lse` where it is not None."""
-        self.addresses[fa.A_LSE] = address(lse)
-        launch(fa.attention(*self.kind, self.out_format), self.grid, self.addresses, self.numbers, stream)
-
-    def part(self, at, part, sums, stream):
-        """To the places `at` and on of part (parts, B, H, L, Dv) and sums (2, parts, B, H, L)."""
-        a, p = list(self.addresses), list(self.numbers)
-        a[fa.A_OUT], a[fa.A_LSE] = part.pointer + at * part.strides[0], sums.pointer + at * sums.strides[1]
-        p[fa.P_OUT_SPLIT], p[fa.P_OUT_B], p[fa.P_OUT_H], p[fa.P_OUT_L] = part.strides[:4]
-        p[fa.P_SUMS], p[fa.P_LSE_SPLIT] = sums.strides[:2]
-        launch(fa.attention(*self.kind, "float32"), self.grid, a, p, stream)
-
-    def probabilities(self, weights, sums, stream, none=False):
-        """To weights (B, H, L, keys), by the sums (2, parts, B, H, L) of all parts; zeros where `none` is seen."""
-        a, p = list(self.addresses), list(self.numbers)
-        keys, blocks = weights.shape[3], self.grid[0] * self.grid[1]
-        splits = max(min(ceil_div(keys, fa.KEYS), ceil_div(2 * driver().processors(), max(blocks, 1))), 1)
-        a[fa.A_OUT], a[fa.A_LSE] = weights.pointer, sums.pointer
-        p[fa.P_OUT_B], p[fa.P_OUT_H], p[fa.P_OUT_L] = weights.strides[:3]
-        p[fa.P_SUMS], p[fa.P_LSE_SPLIT] = sums.strides[:2]
-        p[fa.P_S], p[fa.P_PARTS], p[fa.P_SPLITS], p[fa.P_VALUE_CHUNKS] = keys, sums.shape[1], splits, 1
-        if none:
-            a[fa.A_KEEP:fa.A_SLOPES + 1] = [0] * 4
-            p[fa.P_LEFT], p[fa.P_RIGHT], p[fa.P_OFFSET], p[fa.P_AT_END] = -1, 0, -fa.FAR, 0
-        launch(fa.attention(*self.kind, weights.dtype.name, True), (*self.grid[:2], splits), a, p, stream)
-
-
-def attend(q, k, v, out, scale, softcap=0.0, *, lse=None, weights=None, column=0, added=None, precision="float32",
-           stream=0, like=None, **masks):
-    """softmax(q k^T scale + masks) v, the two products in `precision`, a key of tiles.FORMS, with float32 sums.
-
-    Parameters
-    ----------
-    q, k, v, out : View
-        (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv), neighbours along the last axis. float32 or
-        float16, all the same; keys and values may be int8 with `key_scale` and `value_scale` (B, Hkv, S) float32 of
-        equal strides. For precision "int8" what `attend_int8` makes of them, with `q_scale` (B, H, L).
-    left, right, offset : int
-        As edgeattn.masks.Mask, `offset` of all entries; with `at_end` the length minus L instead.
-    lengths : View of (B,) int32 or int64, optional
-    keep, bias : View (B or 1, H or 1, L or 1, S or 1) of bool, of float32, optional
-    slopes : View (H,) or (B, H) of float32, optional
-    lse : View (B, H, L) of float32, C-contiguous, optional
-    weights : View (B, H, L, columns) of float32 or float16, neighbours along the last axis, optional
-        Takes the probabilities: of the keys from `column` on, of added keys at the end, and zeros elsewhere. Not for
-        precision "int8".
-    added : (View, View), optional
-        Keys (B, Hkv, n, D) and values (B, Hkv, n, Dv) that every query sees after the others.
-    """
-    sets = [_Launch(q, k, v, out, scale, softcap, precision=precision, **masks)]
-    if added is not None:
-        sets.append(_Launch(q, *added, out, scale, softcap, precision=precision))
-    parts = sum(one.splits for one in sets)
-    if parts == 1 and weights is None:
-        sets[0].alone(lse, stream)
-        return
-    # each part to a place of its own, in float32, then all together
-    B, H, L, Dv = out.shape
-    parted = scratch((parts, B, H, L, Dv), np.float32, like)
-    sums = scratch((2, parts, B, H, L), np.float32, like)  # largest scores, then sums
-    check_reach("scratch", parted)
-    at = 0
-    for one in sets:
-        one.part(at, parted, sums, stream)
-        at += one.splits
-    m = [B * H * L, Dv, parts, L, H, *out.strides[:3]]
-    launch(fm.merge(out.dtype.name), (ceil_div(B * H * L * max(Dv, 1), fm.THREADS), 1, 1),
-                    [parted.pointer, sums.pointer, sums.pointer + sums.strides[0], out.pointer, address(lse)], m,
-                    stream)
-    if weights is not None:
-        check_reach("the probabilities", weights)
-        behind, end = column + sets[0].keys, weights.shape[3] - sum(one.keys for one in sets[1:])
-        for one, at in zip(sets, (column, end), strict=False):
-            one.probabilities(part(weights, 3, at, at + one.keys), sums, stream)
-        for begin, stop in ((0, column), (behind, end)):
-            if begin < stop:
-                sets[0].probabilities(part(weights, 3, begin, stop), sums, stream, none=True)
+# -- element by element ----------------------------------------------------------------------------------------------
 
 
 def mean_of_heads(x, out, stream):
@@ -249,7 +94,7 @@ def mean_of_heads(x, out, stream):
     B, H, L, S = x.shape
     check_reach("the probabilities", x)
     launch(el.mean_of_heads(), (ceil_div(B * L * S, el.THREADS), 1, 1), [x.pointer, out.pointer],
-                    [B * L * S, H, L * S, bits(H)], stream)
+           [B * L * S, H, L * S, bits(H)], stream)
 
 
 def open_gate(gate, x, stream):
@@ -268,47 +113,11 @@ def both(keep, padding, stream, like):
     if out.size:
         p = [out.size, *shape[1:], *spread(keep), *padding.strides]
         launch(mk.both(), (ceil_div(out.size, mk.THREADS), 1, 1), [keep.pointer, padding.pointer, out.pointer],
-                        p, stream)
+           p, stream)
     return out
 
 
-def _smooth(k, masks, H, L, stream, like):
-    """(B, Hkv, D) float32, what `attend_int8` adds to keys (B, Hkv, S, D) float32."""
-    B, Hkv, S, D = k.shape
-    minus = scratch((B, Hkv, D), np.float32, like)
-    keep, bias, lengths = (masks.get(name) for name in ("keep", "bias", "lengths"))
-    p = [Hkv, H, L, S, D, masks["left"], masks["right"], masks["offset"], int(masks["at_end"]),
-         int(lengths is not None and lengths.dtype.itemsize == 8), *k.strides[:3], *spread(keep), *spread(bias)]
-    launch(key_mean.smooth(), (B * Hkv, 1, 1),
-                    [k.pointer, minus.pointer, address(keep), address(bias), address(lengths)], p, stream)
-    return minus
-
-
-def attend_int8(q, k, v, out, scale, softcap=0.0, stream=0, like=None, **masks):
-    """`attend` on float32 arrays with int8 products: every query, key and value by its own range, as on the CPU."""
-    (B, H, L, D), (Hkv, S), Dv = q.shape, k.shape[1:3], v.shape[3]
-    for name, array in (("key", k), ("attn_mask", masks.get("keep")), ("attn_mask", masks.get("bias"))):
-        if array is not None:
-            check_reach(name, array)
-    check_heads(B, H)
-    D_up, Dv_up, S_up = round_up(D, 64), round_up(Dv, 64), round_up(S, 16)
-    # the hyperbolic tangent sees what all scores share
-    minus = None if softcap else _smooth(k, masks, H, L, stream, like)
-    made = []
-    for x, heads, n, options in ((q, H, L, dict(factor=_factor(scale, softcap))), (k, Hkv, S, dict(minus=minus))):
-        codes, scales = scratch((B, heads, n, D_up), np.int8, like), scratch((B, heads, n), np.float32, like)
-        store_rows(x, codes, scales, stream, up=D_up, rule="dynamic", **options)
-        made.append((codes, scales))
-    (q, q_scale), (k, key_scale) = made
-    stored, value_scale = scratch((B, Hkv, Dv_up, S_up), np.int8, like), scratch((B, Hkv, S), np.float32, like)
-    b, h, row, one = stored.strides
-    turned = View(stored.owner, stored.pointer, v.shape, (b, h, one, row), stored.dtype)
-    store_rows(v, turned, value_scale, stream, rule="dynamic")
-    attend(q, k, turned, out, scale, softcap, key_scale=key_scale, value_scale=value_scale, q_scale=q_scale,
-           precision="int8", stream=stream, like=like, **masks)
-
-
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------------------------
 
 
 def store_rows(x, out, scale, stream, up=0, out_strides=None, rule="cache", factor=1.0, minus=None):
@@ -322,7 +131,7 @@ def store_rows(x, out, scale, stream, up=0, out_strides=None, rule="cache", fact
     p = [B * H * T, H, T, D, max(up, D), bits(factor), *x.strides[:3], *(out_strides or out.strides),
          *((0, 0, 0) if scale is None else scale.strides)]
     launch(qz.store_rows(rule if out.dtype == np.int8 else None), (ceil_div(B * H * T, qz.ROWS), 1, 1),
-                    [x.pointer, out.pointer, address(scale), address(minus)], p, stream)
+           [x.pointer, out.pointer, address(scale), address(minus)], p, stream)
 
 
 def words(rows):

@@ -18,7 +18,7 @@ from edgeattn.kernels.cuda.ptx import (
     write_f32,
 )
 
-from .attention import visible_keys
+from .block import visible_keys
 
 THREADS, FIRST = 128, 32
 (A_K, A_MINUS, A_KEEP, A_BIAS, A_LENGTHS, A_COUNT) = range(6)

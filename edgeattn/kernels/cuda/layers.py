@@ -1,30 +1,18 @@
-"""What layers have on the device: the parameters of linear maps and of static attention, and their launches.
+"""The linear maps of layers on the device: their parameters, and their launches.
 
-Which follows upon which is not said here: edgeattn/executors/cuda/ops.py. Letters as in host.py.
+Which follows upon which is not said here: edgeattn/executors/cuda/ops.py. Letters as in attention.py.
 """
 import dataclasses
 
 import numpy as np
 
-from edgeattn.kernels.cuda import attention as fa
-from edgeattn.kernels.cuda import int8 as i8
 from edgeattn.kernels.cuda import linear as fl
+from edgeattn.kernels.cuda import linear_int8 as li
 from edgeattn.kernels.cuda.arrays import View, view
+from edgeattn.kernels.cuda.byte_tiles import TILE
 from edgeattn.kernels.cuda.driver import driver
-from edgeattn.kernels.cuda.host import (
-    address,
-    ceil_div,
-    check_heads,
-    check_reach,
-    is_wide,
-    part,
-    round_up,
-    scratch,
-    spread,
-    store_rows,
-)
+from edgeattn.kernels.cuda.host import address, ceil_div, check_reach, is_wide, round_up, scratch, store_rows
 from edgeattn.kernels.cuda.launch_graph import launch
-from edgeattn.kernels.cuda.rules import planes
 
 
 def owned(array):
@@ -102,7 +90,7 @@ class FloatLinear:
 # -- int8 ------------------------------------------------------------------------------------------------------------
 
 
-def padded_weight(weight, heads, tile=i8.TILE):
+def padded_weight(weight, heads, tile=TILE):
     """(heads * size, depth) int8 as (heads * size up, depth up), zeros added; sizes up to multiples of 64."""
     features, depth = weight.shape
     size = features // heads
@@ -111,7 +99,7 @@ def padded_weight(weight, heads, tile=i8.TILE):
     return wide.reshape(-1, wide.shape[2])
 
 
-def padded_list(values, heads, tile=i8.TILE):
+def padded_list(values, heads, tile=TILE):
     """(..., heads * size) as (..., heads * size up), zeros added."""
     values = np.asarray(values)
     size = values.shape[-1] // heads
@@ -156,7 +144,7 @@ def project_int8(rule, items, stream):
         x View (B, T, depth) int8 of contiguous rows; out View; strides in bytes of out along (B, heads, T, size); how
         many of each head's numbers out has room for.
     """
-    a, p = [0] * i8.L_ADDRESSES, [0] * i8.L_NUMBERS
+    a, p = [0] * li.L_ADDRESSES, [0] * li.L_NUMBERS
     wide, grid = True, [1, 1, len(items)]
     for z, (linear, x, x_scale, out, strides, stored) in enumerate(items):
         B, T, depth = x.shape
@@ -165,93 +153,17 @@ def project_int8(rule, items, stream):
         check_reach("an input", x)
         check_reach("a projection", out)
         features = linear.weight.shape[0]
-        for slot, value in ((i8.L_X, x), (i8.L_W, linear.weight), (i8.L_BIAS, linear.bias), (i8.L_FIRST, linear.first),
-                            (i8.L_SECOND, linear.second), (i8.L_OUT, out), (i8.L_X_SCALE, x_scale),
-                            (i8.L_TABLE, linear.table)):
+        for slot, value in ((li.L_X, x), (li.L_W, linear.weight), (li.L_BIAS, linear.bias), (li.L_FIRST, linear.first),
+                            (li.L_SECOND, linear.second), (li.L_OUT, out), (li.L_X_SCALE, x_scale),
+                            (li.L_TABLE, linear.table)):
             a[slot + z] = address(value)
-        for slot, value in zip(range(0, i8.L_NUMBERS, 3), (
+        for slot, value in zip(range(0, li.L_NUMBERS, 3), (
                 B * T, T, row, depth, linear.weight.shape[1], features, linear.size, features // linear.heads,
                 stored, linear.zero_point, *strides), strict=True):
             p[slot + z] = value
-        grid[0], grid[1] = max(grid[0], ceil_div(B * T, i8.TILE)), max(grid[1], features // i8.TILE)
+        grid[0], grid[1] = max(grid[0], ceil_div(B * T, TILE)), max(grid[1], features // TILE)
     looked_up = any(item[0].table is not None for item in items)
-    launch(i8.linear_int8(rule, wide, looked_up), tuple(grid), a, p, stream)
-
-
-class StaticLayer:
-    """A static int8 multi-head layer on the device, equal to the CPU's bit for bit.
-
-    Parameters are those of edgeattn.kernels.cpu.layer_int8.StaticLayer, and `softmax`, the name of the softmax rule.
-    """
-
-    def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
-                 softmax_table, softmax, tables=None):
-        self.heads, self.zero_points, self.rule = num_heads, zero_points, project_rule
-        self.rules = score_rule, context_rule, softmax
-        self.linears = {}
-        for name, (weight, real, bias) in linears.items():
-            source = "context" if name == "output" else name + "_input"
-            sums = weight.astype(np.int64).sum(1)
-            bias = np.zeros(len(weight), np.int64) if bias is None else bias.astype(np.int64)
-            bias = (bias - zero_points[source] * sums + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
-            first, second = planes(project_rule, real)
-            table, zero_point = (tables or {}).get(name, (None, zero_points[name]))
-            self.linears[name] = Int8Linear(weight, 1 if name == "output" else num_heads, bias.astype(np.int32), first,
-                                            second, zero_point, table)
-        self.score = [int(x) for x in planes(score_rule, [scores])[:, 0]]
-        self.context = [int(x) for x in planes(context_rule, [context])[:, 0]]
-        self.table = owned(np.ascontiguousarray(softmax_table).view(np.int32))
-
-    def attend(self, q, k, v, context, stream, *, band=None, keep=None, lut_index=None, score_luts=None, weights=None,
-                column=0):
-        """context (B, L, H Dv) of q (B, H, L, D up), k (B, H, S, D up) and v (B, H, S, Dv), which may lie turned.
-
-        weights : View (B, H, L, columns) int8 in rows of that many bytes, or None; the keys' begin at `column`.
-        """
-        (B, H, L, D_up), S = q.shape, k.shape[2]
-        check_heads(B, H)
-        D, Dv = self.linears["query"].size, self.linears["value"].size
-        Dv_up = round_up(Dv, i8.TILE)
-        low, high = (-fa.FAR, fa.FAR) if band is None else band
-        zero = self.zero_points
-        for name, array in (("a mask", keep), ("a mask", lut_index), ("the probabilities", weights), ("a cache", k)):
-            if array is not None:
-                check_reach(name, array)
-        p = [H, L, S, D, Dv, D_up, Dv_up, q.strides[1] // D_up, k.strides[1] // D_up, zero["query"], zero["key"],
-             zero["value"], zero["scores"], zero["context"], *self.score, *self.context, low, high,
-             *context.strides[:2], *spread(keep), *spread(lut_index),
-             *((0, 0) if weights is None else weights.strides[1:3]), column]
-        a = [q.pointer, k.pointer, v.pointer, context.pointer, self.table.pointer, address(keep), address(lut_index),
-             address(score_luts), address(weights)]
-        launch(i8.static_attention(*self.rules, v.strides[2] != 1, weights is not None),
-                        (ceil_div(L, i8.TILE), B * H, Dv_up // i8.TILE), a, p, stream)
-
-    def rows(self, x, name, like):
-        """Where the projection `name` of x (B, T, E) leaves its codes (B, H, T, size up), in memory of whole tiles."""
-        B, T, _ = x.shape
-        up = round_up(self.linears[name].size, i8.TILE)
-        return part(scratch((B, self.heads, round_up(T, i8.TILE), up), np.int8, like), 2, 0, T)
-
-    def whole(self, x, name):
-        """Where the codes of the projection `name` go in a cache, with the zeros behind them."""
-        return dataclasses.replace(x, shape=(*x.shape[:3], round_up(self.linears[name].size, i8.TILE)))
-
-    def turned_rows(self, x, name, like):
-        """The same for values, which `attend` reads turned: (B, H, T, size) whose neighbours are tokens."""
-        (B, T, _), size = x.shape, self.linears[name].size
-        made = scratch((B, self.heads, round_up(size, i8.TILE), round_up(T, i8.TILE)), np.int8, like)
-        return View(made.owner, made.pointer, (B, self.heads, T, size), (*made.strides[:2], 1, made.shape[3]),
-                    made.dtype)
-
-    def project(self, items, stream):
-        """Up to three projections in one launch: (name, x (B, T, E), out (B, heads, T, size or more)) each."""
-        project_int8(self.rule, [(self.linears[name], x, None, out, out.strides, out.shape[3])
-                                 for name, x, out in items], stream)
-
-
-def band_of(left, right, offset):
-    """(low, high): query i sees key j when i + low <= j <= i + high; left and right as edgeattn.masks.Mask."""
-    return (offset - left if left >= 0 else -fa.FAR, offset + right if right >= 0 else fa.FAR)
+    launch(li.linear_int8(rule, wide, looked_up), tuple(grid), a, p, stream)
 
 
 def token_codes(x, stream, like):

@@ -17,8 +17,8 @@ from edgeattn.kernels.cuda.ptx import (
 )
 
 from .activation import ACTIVATIONS
-from .attention import fetch_float32
-from .tiles import multiply_tiles, write_column
+from .fetch import fetch_float32
+from .multiply_adds import multiply_tiles, write_column
 
 TILE, DEPTH, THREADS = 64, 32, 128
 # One of each per projection, three projections: where z = 0, 1, 2.

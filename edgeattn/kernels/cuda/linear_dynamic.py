@@ -2,7 +2,7 @@
 
 The rules of edgeattn/kernels/cpu/dynamic_rows.py, and its float operations in their order: a scale for each
 token, or, of the hidden features of a feed-forward, a scale and a zero point for each GROUP of them; a few inputs whose
-products are float32; a second code for the weights of some outputs. Tiles as in int8.py.
+products are float32; a second code for the weights of some outputs. Tiles as in byte_tiles.py.
 """
 from edgeattn.kernels.cuda.language import Kernel, cuda, device, float32, int32, shared, specialised
 from edgeattn.kernels.cuda.ptx import (
@@ -32,7 +32,7 @@ from edgeattn.kernels.cuda.ptx import (
 )
 
 from .activation import ACTIVATIONS
-from .int8 import THREADS, TILE, TILE_BYTES, clear, multiply_s8, stage_rows
+from .byte_tiles import THREADS, TILE, TILE_BYTES, clear, multiply_s8, stage_rows
 
 GROUP = 256  # hidden features that share a scale
 MOST_APART = 4
@@ -150,8 +150,8 @@ def linear_rows(activation, grouped):
         for e0 in range(0, depth, TILE):
             e0 = int32(e0)
             cuda.syncthreads()
-            stage_rows(base, t, a[A_X] + times_wide(r0, depth) + e0, depth, int32(rows - r0), True)
-            stage_rows(w_at, t, a[A_W] + times_wide(f0, depth) + e0, depth, TILE, True)
+            stage_rows(base, t, a[A_X] + times_wide(r0, depth) + e0, depth, int32(rows - r0))
+            stage_rows(w_at, t, a[A_W] + times_wide(f0, depth) + e0, depth, TILE)
             cuda.syncthreads()
             multiply_s8(base, w_at, warp, lane, c)
             whole = ((e0 & (GROUP - TILE)) == GROUP - TILE) | (int32(e0 + TILE) == depth)

@@ -15,7 +15,7 @@ from edgeattn.kernels.cuda.ptx import (
     times,
 )
 
-from .attention import exp2
+from .softmax import exp2
 
 THREADS = 128
 (A_PART, A_LARGEST, A_SUMS, A_OUT, A_LSE, A_COUNT) = range(6)

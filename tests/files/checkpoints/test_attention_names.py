@@ -45,3 +45,8 @@ def test_a_prefix_that_fits_none_or_several_is_told_which_there_are():
         MultiHeadAttention.from_checkpoint(stored, "layers.", 4)
     with pytest.raises(ValueError, match=r"fits 0 attention layers"):
         MultiHeadAttention.from_checkpoint(stored, "other.", 4)
+    of_torch = {"a.in_proj_weight": np.eye(2), "b.in_proj_weight": np.eye(2), "c": np.eye(2)}
+    for other, told in ((of_torch, r"those that from_torch reads, under the prefixes \['a\.', 'b\.'\]$"),
+                        ({"c": np.eye(2)}, r"its names are \[c\]; .*edgeattn.from_pretrained a model's folder$")):
+        with pytest.raises(ValueError, match=rf"prefix 'a\.x' fits no attention layer in state_dict; .*{told}"):
+            MultiHeadAttention.from_checkpoint(other, "a.x", 4)

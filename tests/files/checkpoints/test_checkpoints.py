@@ -284,6 +284,16 @@ def test_a_prefix_too_short_names_the_longer_ones(prefix, longer):
         MultiHeadAttention.from_torch(state, 2, prefix="layers.0.")
 
 
+def test_a_checkpoint_of_another_library_is_told_by_its_names():
+    bert = bert_state()
+    assert len(bert) > 4
+    with pytest.raises(ValueError, match=r"no attention layer under prefix '', which has in_proj_weight; its names are "
+                                         r"\[[\w., ]+, \.\.\.\]; MultiHeadAttention.from_checkpoint knows"):
+        MultiHeadAttention.from_torch(bert, 2)
+    with pytest.raises(ValueError, match=r"no tensor in state_dict; its names are those that from_torch reads, under"):
+        MultiHeadAttention.from_gpt2(torch_state(), "h.0.", 2)
+
+
 def test_a_prefix_must_be_a_string():
     with pytest.raises(TypeError, match="prefix must be a string, got 2"):
         MultiHeadAttention.from_torch(torch_state(), 3, prefix=2)

@@ -14,7 +14,8 @@ from cuda_emulated import emulated_only, long_form
 
 import edgeattn
 from edgeattn.executors.cuda import functional as on_cuda
-from edgeattn.kernels.cuda import array_provider, dlpack, host
+from edgeattn.kernels.cuda import array_provider, dlpack
+from edgeattn.kernels.cuda import attend as launches
 from edgeattn.kernels.cuda import driver as driver_module
 
 # an emulated block takes a tenth of a second; what is large elsewhere is so for the CPU's tiles
@@ -262,7 +263,7 @@ def test_a_known_call_reads_and_writes_its_own_arrays(keys, options, monkeypatch
         on_cuda._CALLS.clear()
         for x, y in zip(ours, results(*one), strict=True):
             np.testing.assert_array_equal(x, y)
-    monkeypatch.setattr(host, "attend", None)  # a known call does not come by here
+    monkeypatch.setattr(launches, "attend", None)  # a known call does not come by here
     results(*made[0])
 
 

@@ -24,16 +24,18 @@ from cuda_emulated import emulated_only, long_form
 from kernels_under_test import ASYMMETRIC, make_layer
 
 from edgeattn.executors.cuda import functional as on_cuda
+from edgeattn.kernels.cuda import attend, encoder, host, layers, static_layer
 from edgeattn.kernels.cuda import driver as driver_module
-from edgeattn.kernels.cuda import encoder, host, layers
 from edgeattn.kernels.cuda.language import Kernel, int32
 from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("tiles", "attention", "merge", "activation", "linear", "quantize", "key_mean", "masks", "elements", "norm", "rules",
-         "int8", "linear_dynamic")
+ORDER = ("tiles", "multiply_adds", "fragments", "tensor_cores", "int8_products", "attention_parameters", "fetch", "softmax",
+         "block", "score_masks", "stage", "probabilities", "finish", "attention", "merge", "activation", "linear", "quantize", "key_mean", "masks",
+         "elements", "norm", "rules", "byte_tiles", "linear_int8", "static_parameters", "static_scores", "static_softmax", "static_attention", "linear_dynamic")
 IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "key_mean": "key_mean", "masks": "mk",
-           "elements": "el", "norm": "nm", "int8": "i8", "linear_dynamic": "ld"}
+           "elements": "el", "norm": "nm", "linear_int8": "li", "static_attention": "sa",
+           "linear_dynamic": "ld"}
 
 
 @functools.cache
@@ -47,7 +49,7 @@ def source(path):
 def planted(name, old, new):
     """The kernels, built anew with one place of one file changed, in place of those that are launched."""
     kept = {module: sys.modules[f"edgeattn.kernels.cuda.{module}"] for module in ORDER}
-    used = [(where, module, attribute, getattr(where, attribute)) for where in (host, layers, encoder)
+    used = [(where, module, attribute, getattr(where, attribute)) for where in (attend, host, layers, static_layer, encoder)
             for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
     try:
         for module in ORDER:
@@ -304,71 +306,71 @@ MUTATIONS = [
     # float32 attention
     ("attention", "cuda.syncthreads()\n                scores(", "scores(", check_float),
     ("attention", "            cuda.syncthreads()\n            # 5. values", "            # 5. values", check_float),
-    ("attention", "shrink = exp2(m[r] - above)", "shrink = float32(1.0)", check_float),
-    ("attention", "                    o[r, k] = o[r, k] * shrink", "                    o[r, k] = o[r, k]", check_float),
-    ("attention", "edge = (int32(k0 + KEYS) > last) |", "edge = ", check_float),
-    ("attention", "int32(q0 + high) < int32(k0 + KEYS - 1))", "int32(q0 + high) < k0)", check_band),
-    ("attention", "(across(k) < to_key)", "(across(k) <= to_key)", check_band),
-    ("attention", "float32(-0.0)", "float32(0.0)", check_nan),
-    ("tiles", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
-    ("attention", "good = row < L\n            to = out", "good = row >= 0\n            to = out", check_float),
+    ("softmax", "shrink = exp2(m[r] - above)", "shrink = float32(1.0)", check_float),
+    ("softmax", "                o[r, k] = o[r, k] * shrink", "                o[r, k] = o[r, k]", check_float),
+    ("score_masks", "edge = (int32(k0 + KEYS) > last) |", "edge = ", check_float),
+    ("score_masks", "int32(q0 + high) < int32(k0 + KEYS - 1))", "int32(q0 + high) < k0)", check_band),
+    ("score_masks", "(across(k) < to_key)", "(across(k) <= to_key)", check_band),
+    ("softmax", "float32(-0.0)", "float32(0.0)", check_nan),
+    ("multiply_adds", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
+    ("finish", "good = row < p[P_L]\n            to = out", "good = row >= 0\n            to = out", check_float),
     ("attention", "kv = quotient(head, p[P_GROUP])", "kv = head", check_groups),
-    ("attention", "seen = load_u8((row < L) & (there < last), keep + at) != 0", "seen = there >= 0", check_masks),
-    ("attention", "select_f(b == float32(_MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
-    ("attention", "fma(bounded,", "fma(b,", check_finite_mask),
+    ("score_masks", "seen = load_u8((row < p[P_L]) & (there < last), keep + at) != 0", "seen = there >= 0", check_masks),
+    ("score_masks", "select_f(b == float32(MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
+    ("score_masks", "fma(bounded,", "fma(b,", check_finite_mask),
     ("attention", "if p[P_CHUNKS] > 1 or k0 == first:", "if k0 == first and piece == 0:", check_pieces),
-    ("attention", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
-    ("attention", "float32(-126.0)", "float32(-1.0)", check_float),
+    ("finish", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
+    ("softmax", "float32(-126.0)", "float32(-1.0)", check_float),
     ("merge", "weight = exp2(found - base) *", "weight =", check_split),
     ("merge", "stored = good & (d < p[P_DV])", "stored = good", check_nothing),
     # probabilities, added keys, gates
-    ("attention", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
-    ("attention", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
-    ("attention", "exp2(s[r, k] - m[r]) * total[r])", "exp2(s[r, k] - m[r]))", check_weights),
-    ("attention", "(int32(key0 + across(k)) < p[P_S])", "(int32(key0) < p[P_S])", check_weights),
-    ("attention", "fma(exp2(load_f32(row < L, found) - m[r]), size, total[r])", "total[r] + size", check_split_weights),
+    ("block", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
+    ("finish", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
+    ("probabilities", "exp2(s[r, k] - m[r]) * total[r])", "exp2(s[r, k] - m[r]))", check_weights),
+    ("probabilities", "(int32(key0 + across(k)) < p[P_S])", "(int32(key0) < p[P_S])", check_weights),
+    ("probabilities", "fma(exp2(load_f32(row < p[P_L], found) - m[r]), size, total[r])", "total[r] + size", check_split_weights),
     ("elements", "divide(total, float_of_bits(p[M_HEADS]))", "total", check_extras),
     ("elements", "float32(1.0) + exp2(power)", "float32(1.5) + exp2(power)", check_extras),
     ("quantize", "divisor = factor", "divisor = float32(1.0)", check_cache),
     # float16 and tf32
-    ("tiles", "half_pair(b, a), half_pair(d, c)", "half_pair(a, b), half_pair(d, c)", check_half),
-    ("tiles", "half_pair(s[0, 4 * k + 1], s[0, 4 * k])", "half_pair(s[0, 4 * k], s[0, 4 * k + 1])", check_half),
-    ("tiles", "b0, b1, b2, b3 = read_turned(", "b0, b1, b2, b3 = read_matrices(", check_half),
-    ("tiles", "at + k * 16 * PITCH + n * 32", "at + k * 8 * PITCH + n * 32", check_half),
-    ("tiles", "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b2, b3",
+    ("tensor_cores", "half_pair(b, a), half_pair(d, c)", "half_pair(a, b), half_pair(d, c)", check_half),
+    ("tensor_cores", "half_pair(s[0, 4 * k + 1], s[0, 4 * k])", "half_pair(s[0, 4 * k], s[0, 4 * k + 1])", check_half),
+    ("tensor_cores", "b0, b1, b2, b3 = read_turned(", "b0, b1, b2, b3 = read_matrices(", check_half),
+    ("tensor_cores", "at + k * 16 * pitch + n * 32", "at + k * 8 * pitch + n * 32", check_half),
+    ("fragments", "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b2, b3",
      "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b1, b3",
      check_half),
-    ("tiles", "return 8 * (k >> 1) + (k & 1)", "return 8 * (k & 1) + (k >> 1)", check_half),
-    ("tiles", "(k * 8 + 1) * PITCH", "(k * 8 + 4) * PITCH", check_tf32),
-    ("tiles", "a2, a3 = to_tf32(s[0, 2 * k + 1]), to_tf32(s[1, 2 * k + 1])", "a2, a3 = to_tf32(s[1, 2 * k + 1]), to_tf32(s[0, 2 * k + 1])",
+    ("fragments", "return 8 * (k >> 1) + (k & 1)", "return 8 * (k & 1) + (k >> 1)", check_half),
+    ("tensor_cores", "(k * 8 + 1) * pitch", "(k * 8 + 4) * pitch", check_tf32),
+    ("tensor_cores", "a2, a3 = to_tf32(s[0, 2 * k + 1]), to_tf32(s[1, 2 * k + 1])", "a2, a3 = to_tf32(s[1, 2 * k + 1]), to_tf32(s[0, 2 * k + 1])",
      check_tf32),
-    ("tiles", "PITCH = chunk * SIZE + 16", "PITCH = chunk * SIZE + 8", check_half),
-    ("tiles", "return int32((t >> 5) * 16 + (lane >> 2)), pair, pair", "return int32((t >> 5) * 16 + (lane >> 2)), lane, pair", check_half),
-    ("attention", "s[r, k] = s[r, k] * factor", "s[r, k] = s[r, k]", check_half),
-    ("attention", "s[r, k] = tanh(s[r, k]) * softcap", "s[r, k] = tanh(s[r, k])", check_half_masks),
-    ("tiles", "return select_f(finite(e), e, float32(0.0))", "return e", check_not_finite),
-    ("tiles", "both = (above > 0) & (below > 0)", "both = (above > 0) & (below < 0)", check_not_finite),
-    ("tiles", "s[r, k] = select_f(bits_of(s[r, k]) == GONE, float32(0.0), float32(1.0))", "s[r, k] = float32(1.0)", check_not_finite),
+    ("tensor_cores", "PITCH = chunk * SIZE + 16", "PITCH = chunk * SIZE + 8", check_half),
+    ("fragments", "return int32((t >> 5) * 16 + (lane >> 2)), pair, pair", "return int32((t >> 5) * 16 + (lane >> 2)), lane, pair", check_half),
+    ("score_masks", "s[r, k] = s[r, k] * factor", "s[r, k] = s[r, k]", check_half),
+    ("score_masks", "s[r, k] = tanh(s[r, k]) * softcap", "s[r, k] = tanh(s[r, k])", check_half_masks),
+    ("tensor_cores", "return select_f(finite(e), e, float32(0.0))", "return e", check_not_finite),
+    ("tensor_cores", "both = (above > 0) & (below > 0)", "both = (above > 0) & (below < 0)", check_not_finite),
+    ("tensor_cores", "s[r, k] = select_f(bits_of(s[r, k]) == GONE, float32(0.0), float32(1.0))", "s[r, k] = float32(1.0)", check_not_finite),
     ("attention", "if careful:\n                    cuda.syncthreads()\n", "if careful:\n", check_not_finite),
     # dynamic int8
-    ("attention", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
-    ("attention", "s[r, k] - here + value_log", "s[r, k] - here - value_log", check_dynamic),
-    ("attention", "s[r, k] - here + value_log", "s[r, k] + value_log", check_dynamic_mean),
-    ("attention", "- float32(_LOG2_255)\n", "- float32(9.0)\n", check_dynamic),
-    ("attention", "exp2(here - above + top))", "exp2(top))", check_strong_key),
-    ("attention", "exp2(here - above + top))", "exp2(here - above))", check_strong_key),
-    ("attention", "select_f(empty, float32(0.0), exp2(here", "select_f(gone, float32(0.0), exp2(here", check_dynamic),
-    ("attention", "top = maximum(top, shuffle_f(top, int32(1 << step)))", "top = maximum(top, top)", check_dynamic),
-    ("attention", "s[r, k] = to_float(byte)", "s[r, k] = exp2(s[r, k] - top)", check_strong_key),
-    ("attention", "row_sum = row_sum * left[r]", "row_sum = row_sum * exp2(top)", check_strong_key),
-    ("tiles", "fma(to_float(found[r, k]), left[r], o[r, k])", "fma(to_float(found[r, k]), left[0], o[r, k])", check_dynamic),
-    ("attention", "return y * float_of_bits(int32(bits_of(shifted) << 23))",
+    ("block", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
+    ("softmax", "s[r, k] - here + value_log", "s[r, k] - here - value_log", check_dynamic),
+    ("softmax", "s[r, k] - here + value_log", "s[r, k] + value_log", check_dynamic_mean),
+    ("softmax", "- float32(_LOG2_255)\n", "- float32(9.0)\n", check_dynamic),
+    ("softmax", "exp2(here - above + top))", "exp2(top))", check_strong_key),
+    ("softmax", "exp2(here - above + top))", "exp2(here - above))", check_strong_key),
+    ("softmax", "select_f(empty, float32(0.0), exp2(here", "select_f(gone, float32(0.0), exp2(here", check_dynamic),
+    ("softmax", "top = maximum(top, shuffle_f(top, int32(1 << step)))", "top = maximum(top, top)", check_dynamic),
+    ("softmax", "s[r, k] = to_float(byte)", "s[r, k] = exp2(s[r, k] - top)", check_strong_key),
+    ("softmax", "return row_sum * left[r]", "return row_sum * exp2(top)", check_strong_key),
+    ("int8_products", "fma(to_float(found[r, k]), left[r], o[r, k])", "fma(to_float(found[r, k]), left[0], o[r, k])", check_dynamic),
+    ("softmax", "return y * float_of_bits(int32(bits_of(shifted) << 23))",
      "return float_of_bits(int32(bits_of(y) + (bits_of(shifted - float32(127.0)) << 23)))", check_not_a_number),
-    ("attention", "row_sum = fma(s[r, k], read_f32(at), row_sum)", "row_sum = row_sum + s[r, k]", check_dynamic),
-    ("attention", "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))",
+    ("softmax", "row_sum = fma(s[r, k], read_f32(at), row_sum)", "row_sum = row_sum + s[r, k]", check_dynamic),
+    ("stage", "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))",
      "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, w))", check_dynamic),
-    ("attention", "select_f(size == size, divide(float32(1.0), size), float32(0.0))", "divide(float32(1.0), size)", check_dynamic_masks),
-    ("tiles", "at = int32(to + times(int32(row + 8 * r), PITCH)", "at = int32(to + times(int32(row + r), PITCH)", check_dynamic),
+    ("stage", "select_f(size == size, divide(float32(1.0), size), float32(0.0))", "divide(float32(1.0), size)", check_dynamic_masks),
+    ("int8_products", "at = int32(to + times(int32(row + 8 * r), PITCH)", "at = int32(to + times(int32(row + r), PITCH)", check_dynamic),
     ("key_mean", "-mean)", "mean)", check_offset),
     ("key_mean", "divide(float32(1.0), select_f(good, size, float32(1.0)))", "float32(1.0)", check_dynamic),
     ("key_mean", "for n0 in range(0, queries, 4):", "for n0 in range(0, 1, 4):", check_dynamic),
@@ -398,24 +400,24 @@ MUTATIONS = [
     ("elements", "load_f32(good & (taken >= 0), x + d)", "load_f32(good, x + d)", check_ragged),
     ("elements", "load_f32(good, a[S_X] + at) + load_f32(good, a[S_Y] + at)", "load_f32(good, a[S_X] + at)", check_text),
     # int8
-    ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
-    ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
-    ("int8", "v = int32(o[n, j] - times(zv,", "v = int32(o[n, j] + times(zv,", check_static),
-    ("int8", "int32(g + 8 * i))", "int32(g))", check_static),
-    ("int8", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
+    ("static_scores", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
+    ("static_scores", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
+    ("static_attention", "v = int32(o[n, j] - times(p[P_ZV],", "v = int32(o[n, j] + times(p[P_ZV],", check_static),
+    ("static_softmax", "int32(g + 8 * i))", "int32(g))", check_static),
+    ("static_softmax", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
      "ordered = add(read_f32(int32(from_row + j * 4)), float32(0.0))", check_static),
-    ("int8", "select_i(d < size, code, int32(0))", "code", check_static),
-    ("int8", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
-    ("int8", "total[i] = int32(total[i] + shuffle_i(total[i], 2))", "total[i] = int32(total[i])", check_fixed),
-    ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
-    ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
-    ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
-    ("int8", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
-    ("int8", "(n & 3) + ((n >> 5) << 2) & 63", "(n & 3) + ((n >> 5) << 2) & 31", check_static_cache),
-    ("int8", "write_s8(int32(at + j * PITCH)", "write_s8(int32(at + j)", check_static_cache),
-    ("int8", "p[P_WEIGHTS_FIRST] + column", "column", check_static_cache),
-    ("int8", "int32(byte - 128)", "byte", check_static_weights),
-    ("int8", "range(0, p[P_WEIGHTS_ROW], TILE)", "range(0, 0, TILE)", check_static_cache),
+    ("linear_int8", "select_i(d < size, code, int32(0))", "code", check_static),
+    ("byte_tiles", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
+    ("static_softmax", "return int32(x + shuffle_i(x, 2))", "return x", check_fixed),
+    ("static_attention", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
+    ("static_scores", "if D_up > TILE:\n            stage_rows", "if D_up < 0:\n            stage_rows", check_deep),
+    ("byte_tiles", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
+    ("static_attention", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
+    ("byte_tiles", "(n & 3) + ((n >> 5) << 2) & 63", "(n & 3) + ((n >> 5) << 2) & 31", check_static_cache),
+    ("byte_tiles", "write_s8(int32(at + j * PITCH)", "write_s8(int32(at + j)", check_static_cache),
+    ("static_softmax", "p[P_WEIGHTS_FIRST] + s", "s", check_static_cache),
+    ("static_softmax", "int32(byte - 128)", "byte", check_static_weights),
+    ("static_attention", "range(0, p[P_WEIGHTS_ROW], TILE)", "range(0, 0, TILE)", check_static_cache),
     ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
     ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
     ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),
@@ -428,7 +430,7 @@ MUTATIONS = [
 @pytest.mark.parametrize("check", [*OF_THIS_FILE, *(pytest.param(check, marks=long_form) for check in OF_OTHERS)],
                          ids=lambda check: check.__name__)
 def test_nothing_planted_nothing_found(check):
-    with planted("attention", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
+    with planted("block", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
         check()
 
 
