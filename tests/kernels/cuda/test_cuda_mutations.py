@@ -325,7 +325,7 @@ MUTATIONS = [
     ("merge", "stored = good & (d < p[P_DV])", "stored = good", check_nothing),
     # probabilities, added keys, gates
     ("block", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
-    ("finish", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
+    ("finish", "if p[P_SUMS] != 0:", "if p[P_SUMS] < 0:", check_weights),
     ("probabilities", "exp2(s[r, k] - m[r]) * total[r])", "exp2(s[r, k] - m[r]))", check_weights),
     ("probabilities", "(int32(key0 + across(k)) < p[P_S])", "(int32(key0) < p[P_S])", check_weights),
     ("probabilities", "fma(exp2(load_f32(row < p[P_L], found) - m[r]), size, total[r])", "total[r] + size", check_split_weights),
@@ -335,7 +335,7 @@ MUTATIONS = [
     # float16 and tf32
     ("tensor_cores", "half_pair(b, a), half_pair(d, c)", "half_pair(a, b), half_pair(d, c)", check_half),
     ("tensor_cores", "half_pair(s[0, 4 * k + 1], s[0, 4 * k])", "half_pair(s[0, 4 * k], s[0, 4 * k + 1])", check_half),
-    ("tensor_cores", "b0, b1, b2, b3 = read_turned(", "b0, b1, b2, b3 = read_matrices(", check_half),
+    ("tensor_cores", "b0, b1, b2, b3 = read_turned(", "b0, b2, b1, b3 = read_turned(", check_half),
     ("tensor_cores", "at + k * 16 * pitch + n * 32", "at + k * 8 * pitch + n * 32", check_half),
     ("fragments", "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b2, b3",
      "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b1, b3",
@@ -405,7 +405,7 @@ MUTATIONS = [
     ("static_attention", "v = int32(o[n, j] - times(p[P_ZV],", "v = int32(o[n, j] + times(p[P_ZV],", check_static),
     ("static_softmax", "int32(g + 8 * i))", "int32(g))", check_static),
     ("static_softmax", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
-     "ordered = add(read_f32(int32(from_row + j * 4)), float32(0.0))", check_static),
+     "ordered = read_f32(int32(from_row + j * 4))", check_static),
     ("linear_int8", "select_i(d < size, code, int32(0))", "code", check_static),
     ("byte_tiles", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
     ("static_softmax", "return int32(x + shuffle_i(x, 2))", "return x", check_fixed),
