@@ -95,14 +95,8 @@ def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace
     return tile
 
 
-@inline
-def _multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace, most):
-    """_multiply_ahead() of instruction sets whose panels are as narrow as eight elements."""
-    return multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace)
-
-
 # multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, pace, most)
-multiply, multiply_ahead = ((multiply_by_lane, _multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead))
+multiply, multiply_ahead = (multiply_by_lane, multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead)
 
 
 @inline
