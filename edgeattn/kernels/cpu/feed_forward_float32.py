@@ -5,8 +5,8 @@
                   out = norm(h w2^T + b2 + residual)
 
 With a gate the activation is the gate's: h = activation(y g^T + bg) * (y w1^T + b1).  Tokens are the rows of tiles; of
-the hidden features `at_once` are in scratch.  A sum is CHAIN products at a time, or as many as a linear layer
-says, the bias comes last: a row gives the same bits alone and among others, on one thread and on several.
+the hidden features `at_once` are in scratch.  A sum is CHAIN products at a time, the bias comes last: a row gives the
+same bits alone and among others, on one thread and on several.
 """
 import numpy as np
 
@@ -18,11 +18,10 @@ from .activation import activate_rows, add_to_rows, multiply_rows
 from .matmul import round_up
 from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_row, finish_rows, normalize_rows, read_row
 from .records import located, named, record
-from .row_products import NO_BIAS, Weights, product_rows
+from .row_products import CHAIN, NO_BIAS, Weights, product_rows
 from .simd import WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
-CHAIN = 128  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN; all of rows of one tile: weights stream by
 APART = 16  # more between their rows: a power of two would have all rows in a few sets of the cache
 NEAR = 2048  # of them, so many are made and activated while they are near
@@ -30,7 +29,7 @@ BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 # Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
 # and `out_up` are whole numbers of vectors of 32 lanes.
-LINEAR = record("rows width out_width out_up chain activation norm w b at_norm private_size")
+LINEAR = record("rows width out_width out_up activation norm w b at_norm private_size")
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
                       "at_once at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate",
@@ -71,7 +70,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain, NO_BIAS),
+        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, CHAIN, NO_BIAS),
                                   p.out_up, Blocks(s, at, p.out_up, 0)))
         finish_linear(p, a, s, at, row, rows)
 
@@ -81,7 +80,7 @@ def multiply_features(p, a, scratch, portion, worker, part):
     """The sums of all rows for a portion of the features, at the start of the scratch."""
     x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     E, f = p.width, part * portion
-    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain, NO_BIAS),
+    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, CHAIN, NO_BIAS),
                               min(portion, p.out_up - f), Blocks(s, f, p.out_up, 0)))
 
 

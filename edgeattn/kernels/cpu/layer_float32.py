@@ -14,6 +14,7 @@ from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
 from .records import NO_MASK, NO_MASKS, KernelMask, blank, copy_of, named_fields, packed, place, set_masks
+from .row_products import CHAIN
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
@@ -27,9 +28,13 @@ def unit_size(Dp, Dvp):
 
 
 @register_jitable
-def group_size(S, Hkv, Dp, Dvp):
-    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold."""
-    unit = unit_size(Dp, Dvp)
+def group_size(S, repeats, Hkv, Dp, Dvp):
+    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold.
+
+    Their features are whole chains of the output's sums, which are the same whatever S is.  repeats: queries' heads each.
+    """
+    features = repeats * Dvp
+    unit = max(unit_size(Dp, Dvp), CHAIN // min(features & -features, CHAIN))
     most = max(GROUP // max(S * (Dp + Dvp), 1) // unit * unit, unit)
     count = -(-Hkv // most)
     return min(round_up(-(-Hkv // count), unit), Hkv)
@@ -40,7 +45,7 @@ def plan(p, B, L, S, masked):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
     p.batch, p.queries, p.keys = B, L, S
     H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
-    group, p.unit = group_size(S, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
+    group, p.unit = group_size(S, H // Hkv, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
     p.group = group
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     heads = group * (H // Hkv)

@@ -1,7 +1,7 @@
 """A float32 product with tokens as the rows of tiles: so few rows as there are, so that a token costs what it must.
 
-A sum is some products at a time, the sums of these chains are summed, the bias comes last: a row gives the same bits
-alone and among others.
+A sum is some products at a time, CHAIN in all linear maps, the sums of these chains are summed, the bias comes last: a
+row gives the same bits alone and among others.
 """
 from edgeattn.runtime.compiler import NamedTuple, inline, task
 
@@ -22,6 +22,7 @@ from .simd import (
     tile_zero,
 )
 
+CHAIN = 128  # products of a linear map that are summed one after another: longer chains round more, and have fewer ends
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile at most: of sixteen registers three hold what it is made of
 # Weights are brought near before they are needed: those of the next panel while a panel is multiplied, evenly by all
 # tiles of it; by a lone tile, which reads weights as fast as memory has them, those so many elements on, so that the
