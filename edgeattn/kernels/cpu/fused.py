@@ -26,7 +26,7 @@ _ZERO = np.float32(0)
 # things begin in the scratch of all threads, which keys are the first of, and in that of each; of keys and values that
 # are kept from call to call, the size of a group's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
-               "head_size value_size padded_head padded_value has_out",
+               "head_size value_size padded_head padded_value has_out out_chain",
                "wq bq wk bk wv bv wo bo", MASKS, POSITIONS, "group unit at_values",
                "at_largest at_rows at_q at_head at_context at_few at_edge at_masks at_entry",
                "shared_size private_size kept_size is_kept")
@@ -58,14 +58,14 @@ def project_context(p, a, group, context, first_query, tokens, e_from, e_to, pri
     at_panels = p.wo + group.first * repeats * p.padded_value * WIDTH
     to, whole = (group.batch * p.queries + first_query) * Eo, min(e_to, Eo // WIDTH * WIDTH)
     at_bias = p.bo + e_from if last else np.int64(NO_BIAS)
-    panels = Weights(weights, at_panels + e_from // WIDTH * panel, panel, depth, CHAIN, at_bias)
+    panels = Weights(weights, at_panels + e_from // WIDTH * panel, panel, depth, p.out_chain, at_bias)
     separately(product_rows, (not first, context, tokens, panels, whole - e_from, Blocks(out, to + e_from, Eo, 0)))
     if whole < e_to:  # features that fill no panel wait beside
         for t in range(tokens):
             for e in range(e_to - whole):
                 private[p.at_edge + t * WIDTH + e] = _ZERO if first else out[to + t * Eo + whole + e]
         at_bias = p.bo + whole if last else np.int64(NO_BIAS)
-        panels = Weights(weights, at_panels + whole // WIDTH * panel, panel, depth, CHAIN, at_bias)
+        panels = Weights(weights, at_panels + whole // WIDTH * panel, panel, depth, p.out_chain, at_bias)
         separately(product_rows, (not first, context, tokens, panels, WIDTH, Blocks(private, p.at_edge, WIDTH, 0)))
         for t in range(tokens):
             for e in range(e_to - whole):

@@ -28,13 +28,29 @@ def unit_size(Dp, Dvp):
 
 
 @register_jitable
+def heads_of_chain(features):
+    """So many key/value heads, of whose context the output has these features each, are whole chains of its sums."""
+    heads = 1
+    while 2 * heads * features <= CHAIN:
+        heads *= 2
+    return heads
+
+
+def chain_of_heads(features):
+    """How many products of whole heads a chain of the output's sums has, CHAIN at most: a group begins with a chain."""
+    parts = -(-features // CHAIN)
+    while features % parts:
+        parts += 1
+    return heads_of_chain(features) * (features // parts)
+
+
+@register_jitable
 def group_size(S, repeats, Hkv, Dp, Dvp):
     """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold.
 
-    Their features are whole chains of the output's sums, which are the same whatever S is.  repeats: queries' heads each.
+    repeats: heads of queries that each has.  Whole chains of the output's sums, which are the same whatever S is.
     """
-    features = repeats * Dvp
-    unit = max(unit_size(Dp, Dvp), CHAIN // min(features & -features, CHAIN))
+    unit = max(unit_size(Dp, Dvp), heads_of_chain(repeats * Dvp))
     most = max(GROUP // max(S * (Dp + Dvp), 1) // unit * unit, unit)
     count = -(-Hkv // most)
     return min(round_up(-(-Hkv // count), unit), Hkv)
@@ -121,7 +137,7 @@ class FloatLayer:
         self.parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=out_weight is not None, **packer.at, **positions)
+            has_out=out_weight is not None, out_chain=chain_of_heads(H // Hkv * Dvp), **packer.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
         self._alike = shared_plans((FloatLayer, self.weights.size, *vars(self.parameters).values()))

@@ -29,8 +29,8 @@ from .simd import (
     tile_zero,
 )
 
-# float32 products of attention summed one after another.  The sums of the chains are summed then: a rounding error grows
-# with the length of a chain.
+# float32 products of attention summed one after another.  The sums of the chains are summed then: a rounding error
+# grows with the length of a chain.
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 _LINE = 16  # elements of four bytes in a cache line

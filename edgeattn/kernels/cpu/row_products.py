@@ -1,7 +1,7 @@
 """A float32 product with tokens as the rows of tiles: so few rows as there are, so that a token costs what it must.
 
-A sum is some products at a time, CHAIN in all linear maps, the sums of these chains are summed, the bias comes last: a
-row gives the same bits alone and among others.
+A sum is some products at a time, the sums of these chains are summed, the bias comes last: a row gives the same bits
+alone and among others.
 """
 from edgeattn.runtime.compiler import NamedTuple, inline, task
 

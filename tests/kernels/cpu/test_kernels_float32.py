@@ -102,7 +102,7 @@ def test_heads_are_shared_evenly(heads, unit, count, at_once):
     assert portions.heads_at_once.py_func(heads, unit, count) == at_once
 
 
-@pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (256, 8, 77), (64, 8, 1024), (60, 5, 90)])
+@pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (384, 8, 60), (256, 8, 77), (64, 8, 1024), (60, 5, 90), (400, 2, 50)])
 def test_layers_in_groups_of_heads(E, H, L, monkeypatch):
     """Heads that are projected and attended to a few at a time add up in the output, with and without masks.
 
@@ -138,7 +138,7 @@ def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
     block = fused.QUERIES
     assert sizes(block, 512) == sizes(16384, 512) and sizes(block, 512, True) == sizes(16384, 512, True)
     Dp = padded_head(D)
-    unit = min(np.lcm(Dp, CHAIN) // Dp, H)  # heads whose features are whole chains, and panels
+    unit = -(-CHAIN // Dp)  # heads that fill a chain of the output, and a panel of features
     for S in (1, 64, 512, 4096, 16384):
         shared, private = sizes(block, S)
         largest = max(layer_float32.GROUP, unit * 2 * S * Dp)  # keys and values of as many heads

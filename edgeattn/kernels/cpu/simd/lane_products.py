@@ -283,7 +283,7 @@ def multiply_by_lane(typing, t, a, at_a, row_step, step, b, at_b, depth):
 
 @intrinsic
 def multiply_by_lane_ahead(typing, t, a, at_a, row_step, step, b, at_b, depth, at_next, pace, most):
-    """multiply_by_lane(), while b[at_next : at_next + depth * pace] is brought near, pace at most `most`, at most WIDTH"""
+    """multiply_by_lane(), while b[at_next : at_next + depth * pace] is brought near; pace <= most <= WIDTH"""
     if not may_multiply(t, a, b):
         return None
     return t(t, a, types.intp, types.intp, types.intp, b, *[types.intp] * 5), _multiply
