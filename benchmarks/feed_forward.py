@@ -19,7 +19,6 @@ from benchmarks.timing import interleave
 from edgeattn import threads
 from edgeattn.kernels.cpu import encoder_dynamic, encoder_float32, projection_dynamic
 from edgeattn.kernels.cpu.layer_dynamic import quantize_weight
-from edgeattn.kernels.cpu.matmul import CHAIN
 
 E, F, EPS = 384, 1536, 1e-12
 ROWS = (1, 8, 16, 32, 128)
@@ -48,7 +47,7 @@ def ours(w: dict[str, np.ndarray]) -> dict[str, Callable]:
     """name -> call of x."""
     norm = "layer", w["weight"], w["bias"], EPS
     arguments = w["w1"], w["b1"], w["w2"], w["b2"]
-    first, second = (encoder_float32.Linear(*arguments[i:i + 2], chain=CHAIN).of for i in (0, 2))
+    first, second = (encoder_float32.Linear(*arguments[i:i + 2]).of for i in (0, 2))
     bytes_ = [projection_dynamic.DynamicProjection(*quantize_weight(arguments[i]), arguments[i + 1]) for i in (0, 2)]
     quantize = encoder_dynamic.quantize_linear
     apart = (quantize(w["w1"], columns=range(4)), w["b1"], quantize(w["w2"], columns=range(4), split=4), w["b2"])

@@ -60,9 +60,8 @@ class Linear(TokenWise):
     def packed(self) -> Callable[[Float32s], Float32s]:
         """The compiled map of (tokens, E) to (tokens, F), each row computed alike however many come at a time."""
         from edgeattn.kernels.cpu.encoder_float32 import Linear as Packed
-        from edgeattn.kernels.cpu.matmul import CHAIN
 
-        of: Callable[[Float32s], Float32s] = Packed(self.weight, self.bias, chain=CHAIN).of
+        of: Callable[[Float32s], Float32s] = Packed(self.weight, self.bias).of
         return of
 
     def __repr__(self) -> str:
@@ -78,11 +77,10 @@ def joined(linears: Sequence[Linear]) -> Callable[[Float32s], Float32s]:
     Where their outputs fill whole vectors, each has its weights there from now on, rather than in memory of its own.
     """
     from edgeattn.kernels.cpu.encoder_float32 import Linear as Packed
-    from edgeattn.kernels.cpu.matmul import CHAIN
     from edgeattn.kernels.cpu.simd.wide import VIRTUAL_LANES
 
     biases = [np.zeros(linear.outputs, np.float32) if linear.bias is None else linear.bias for linear in linears]
-    whole = Packed(np.concatenate([linear.weight for linear in linears]), np.concatenate(biases), chain=CHAIN)
+    whole = Packed(np.concatenate([linear.weight for linear in linears]), np.concatenate(biases))
     first = 0
     for linear in linears:
         if first % VIRTUAL_LANES:

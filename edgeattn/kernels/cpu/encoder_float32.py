@@ -141,17 +141,15 @@ class Linear(RowKernel):
     activation : None, "relu", "gelu", "gelu_tanh" or "silu"
     norm : tuple or None
         ("layer" or "rms", float32 weight, float32 bias or None, eps).
-    chain : int
-        Products that are summed one after another: a shorter chain rounds less.
     """
 
-    def __init__(self, weight, bias, *, activation=None, norm=None, chain=ff.CHAIN):
+    def __init__(self, weight, bias, *, activation=None, norm=None):
         outputs, inputs = weight.shape
         self.outputs = outputs
         up = round_up(outputs, VIRTUAL_LANES)
         at, weights = pack(w=pack_panels(padded(weight, up, inputs)), b=padded(bias, up),
                            at_norm=pack_norm(norm, outputs))
-        super().__init__(blank(LINEAR, width=inputs, out_width=outputs, out_up=up, chain=chain,
+        super().__init__(blank(LINEAR, width=inputs, out_width=outputs, out_up=up,
                                activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
 
     def part(self, first, outputs):

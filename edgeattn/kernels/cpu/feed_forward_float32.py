@@ -17,11 +17,10 @@ from .activation import activate_rows, multiply_rows
 from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_rows, normalize_rows, read_row
 from .records import located, named, record
 from .row_parts import BLOCK, FEW_ROWS, parts_of_rows, share_of
-from .row_products import NO_BIAS, Weights, product_rows
+from .row_products import CHAIN, NO_BIAS, Weights, product_rows
 from .simd import WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
-CHAIN = 128  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN; all of rows of one tile: weights stream by
 APART = 16  # more between their rows: a power of two would have all rows in a few sets of the cache
 NEAR = 2048  # of them, so many are made and activated while they are near

@@ -10,11 +10,11 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_lanes import AT_MAXIMUM, AT_TILE, all_small, attend, largest_magnitudes
 from .attend_rows import FEW_QUERIES, attend_rows
-from .matmul import CHAIN, feature_position
+from .matmul import feature_position
 from .portions import entries_alone, heads_at_once, own_memory, portions
 from .positions import POSITIONS, place_keys, place_queries, transpose
 from .records import MASK_ADDRESSES, MASKS, located, named, record
-from .row_products import NO_BIAS, Weights, product_rows
+from .row_products import CHAIN, NO_BIAS, Weights, product_rows
 from .score_masks import adds_to_scores, fill_mask, fill_mask_rows, mask_row, masks_differ, visible_range
 from .simd import LANES, ROWS, WIDTH, address_of, pointer_to, splat, store, transpose_block
 from .views import Blocks, Group, Rows, ScoreMask, Visible
@@ -26,7 +26,7 @@ _ZERO = np.float32(0)
 # things begin in the scratch of all threads, which keys are the first of, and in that of each; of keys and values that
 # are kept from call to call, the size of a group's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
-               "head_size value_size padded_head padded_value has_out",
+               "head_size value_size padded_head padded_value has_out out_chain",
                "wq bq wk bk wv bv wo bo", MASKS, POSITIONS, "group unit at_values",
                "at_largest at_rows at_q at_head at_context at_few at_edge at_masks at_entry",
                "shared_size private_size kept_size is_kept")
@@ -58,14 +58,14 @@ def project_context(p, a, group, context, first_query, tokens, e_from, e_to, pri
     at_panels = p.wo + group.first * repeats * p.padded_value * WIDTH
     to, whole = (group.batch * p.queries + first_query) * Eo, min(e_to, Eo // WIDTH * WIDTH)
     at_bias = p.bo + e_from if last else np.int64(NO_BIAS)
-    panels = Weights(weights, at_panels + e_from // WIDTH * panel, panel, depth, CHAIN, at_bias)
+    panels = Weights(weights, at_panels + e_from // WIDTH * panel, panel, depth, p.out_chain, at_bias)
     separately(product_rows, (not first, context, tokens, panels, whole - e_from, Blocks(out, to + e_from, Eo, 0)))
     if whole < e_to:  # features that fill no panel wait beside
         for t in range(tokens):
             for e in range(e_to - whole):
                 private[p.at_edge + t * WIDTH + e] = _ZERO if first else out[to + t * Eo + whole + e]
         at_bias = p.bo + whole if last else np.int64(NO_BIAS)
-        panels = Weights(weights, at_panels + whole // WIDTH * panel, panel, depth, CHAIN, at_bias)
+        panels = Weights(weights, at_panels + whole // WIDTH * panel, panel, depth, p.out_chain, at_bias)
         separately(product_rows, (not first, context, tokens, panels, WIDTH, Blocks(private, p.at_edge, WIDTH, 0)))
         for t in range(tokens):
             for e in range(e_to - whole):
@@ -237,16 +237,20 @@ def attend_queries(p, a, scratch, group, portion, worker, part):
         for f in range(from_feature, from_feature + whole_panels(kv_heads * p.padded_head), keys.block):
             largest_magnitudes(Rows(keys.data, f // keys.block * keys.step, keys.block), p.keys, keys.block, private,
                                p.at_largest + f)
+    share = (adds_to_scores(a) or a.keep != 0) and not masks_differ(p, a)  # a mask, in memory, of a block of queries
     to = min((begin + portion) * WIDTH, p.queries)
     for first_query in range(begin * WIDTH, to, QUERIES):
         tokens = min(QUERIES, to - first_query)
         at = context.at + (first_query * context.step if group.splits > 1 else 0)
         of_heads = Rows(context.data, at + from_kv * repeats * p.padded_value, context.step)
         q = project_queries(p, a, group, head, heads, first_query, tokens, private)
-        for t in range(0, tokens, WIDTH):
-            attend_heads(p, a, group, from_kv, heads, Rows(private, q.at + t * q.step, q.step), first_query + t,
-                         min(WIDTH, tokens - t), Rows(of_heads.data, of_heads.at + t * of_heads.step, of_heads.step),
-                         private)
+        some = kv_heads if share or tokens <= WIDTH else 1  # else a head's keys and values stay near while queries pass
+        for kv in range(0, kv_heads, some):
+            at_q, at_heads = q.at + kv * repeats * p.padded_head, of_heads.at + kv * repeats * p.padded_value
+            for t in range(0, tokens, WIDTH):
+                attend_heads(p, a, group, from_kv + kv, some * repeats, Rows(private, at_q + t * q.step, q.step),
+                             first_query + t, min(WIDTH, tokens - t),
+                             Rows(of_heads.data, at_heads + t * of_heads.step, of_heads.step), private)
         if p.has_out == 0:
             copy_context(p, a, group, of_heads, head, heads, first_query, tokens)
         elif group.splits == 1:

@@ -14,6 +14,7 @@ from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
 from .records import NO_MASK, NO_MASKS, KernelMask, blank, copy_of, named_fields, packed, place, set_masks
+from .row_products import CHAIN
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
@@ -27,9 +28,29 @@ def unit_size(Dp, Dvp):
 
 
 @register_jitable
-def group_size(S, Hkv, Dp, Dvp):
-    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold."""
-    unit = unit_size(Dp, Dvp)
+def heads_of_chain(features):
+    """So many key/value heads, of whose context the output has these features each, are whole chains of its sums."""
+    heads = 1
+    while 2 * heads * features <= CHAIN:
+        heads *= 2
+    return heads
+
+
+def chain_of_heads(features):
+    """How many products of whole heads a chain of the output's sums has, CHAIN at most: a group begins with a chain."""
+    parts = -(-features // CHAIN)
+    while features % parts:
+        parts += 1
+    return heads_of_chain(features) * (features // parts)
+
+
+@register_jitable
+def group_size(S, repeats, Hkv, Dp, Dvp):
+    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold.
+
+    repeats: heads of queries that each has.  Whole chains of the output's sums, which are the same whatever S is.
+    """
+    unit = max(unit_size(Dp, Dvp), heads_of_chain(repeats * Dvp))
     most = max(GROUP // max(S * (Dp + Dvp), 1) // unit * unit, unit)
     count = -(-Hkv // most)
     return min(round_up(-(-Hkv // count), unit), Hkv)
@@ -40,7 +61,7 @@ def plan(p, B, L, S, masked):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
     p.batch, p.queries, p.keys = B, L, S
     H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
-    group, p.unit = group_size(S, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
+    group, p.unit = group_size(S, H // Hkv, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
     p.group = group
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     heads = group * (H // Hkv)
@@ -116,7 +137,7 @@ class FloatLayer:
         self.parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=out_weight is not None, **packer.at, **positions)
+            has_out=out_weight is not None, out_chain=chain_of_heads(H // Hkv * Dvp), **packer.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
         self._alike = shared_plans((FloatLayer, self.weights.size, *vars(self.parameters).values()))

@@ -2,8 +2,8 @@
 
     out = norm(activation(x w^T + b) + residual)
 
-Tokens are the rows of tiles.  A sum is as many products at a time as the layer says, the bias comes last: a row gives
-the same bits alone and among others, on one thread and on several.
+Tokens are the rows of tiles.  A sum is CHAIN products at a time, the bias comes last: a row gives the same bits
+alone and among others, on one thread and on several.
 """
 import numpy as np
 
@@ -16,13 +16,13 @@ from .matmul import round_up
 from .norm import ADDRESSES, finish_row
 from .records import located, named, record
 from .row_parts import BLOCK, FEW_ROWS, parts_of_rows
-from .row_products import NO_BIAS, Weights, product_rows
+from .row_products import CHAIN, NO_BIAS, Weights, product_rows
 from .simd import WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
 # Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
 # and `out_up` are whole numbers of vectors of 32 lanes.
-LINEAR = record("rows width out_width out_up chain activation norm w b at_norm private_size")
+LINEAR = record("rows width out_width out_up activation norm w b at_norm private_size")
 
 
 @inline
@@ -42,7 +42,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain, NO_BIAS),
+        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, CHAIN, NO_BIAS),
                                   p.out_up, Blocks(s, at, p.out_up, 0)))
         finish_linear(p, a, s, at, row, rows)
 
@@ -52,7 +52,7 @@ def multiply_features(p, a, scratch, portion, worker, part):
     """The sums of all rows for a portion of the features, at the start of the scratch."""
     x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     E, f = p.width, part * portion
-    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain, NO_BIAS),
+    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, CHAIN, NO_BIAS),
                               min(portion, p.out_up - f), Blocks(s, f, p.out_up, 0)))
 
 

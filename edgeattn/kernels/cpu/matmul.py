@@ -29,8 +29,8 @@ from .simd import (
     tile_zero,
 )
 
-# float32 products summed one after another.  The sums of the chains are summed then: a rounding error grows with the
-# length of a chain.
+# float32 products of attention summed one after another.  The sums of the chains are summed then: a rounding error
+# grows with the length of a chain.
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 _LINE = 16  # elements of four bytes in a cache line
@@ -95,14 +95,8 @@ def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace
     return tile
 
 
-@inline
-def _multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace, most):
-    """_multiply_ahead() of instruction sets whose panels are as narrow as eight elements."""
-    return multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace)
-
-
 # multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, pace, most)
-multiply, multiply_ahead = ((multiply_by_lane, _multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead))
+multiply, multiply_ahead = (multiply_by_lane, multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead)
 
 
 @inline

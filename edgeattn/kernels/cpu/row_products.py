@@ -22,11 +22,13 @@ from .simd import (
     tile_zero,
 )
 
+CHAIN = 128  # products of a linear map that are summed one after another: longer chains round more, and have fewer ends
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile at most: of sixteen registers three hold what it is made of
 # Weights are brought near before they are needed: those of the next panel while a panel is multiplied, evenly by all
 # tiles of it; by a lone tile, which reads weights as fast as memory has them, those so many elements on, so that the
 # first cache holds them until then.
 AHEAD = 4096
+SPREAD = 4 if BY_LANE else 2  # so many tiles that each has few weights to bring near, in tall ones by fewer hints
 NO_BIAS = -1
 
 
@@ -97,10 +99,10 @@ def multiply_tile(zero, begun, x, t, w, f, out, at_next, pace, most):
 
 
 @inline
-def multiply_some(high, lone, begun, x, t, w, f, out, at_next, pace):
-    """multiply_tile() of `high` rows, at most TALL; lone: whether no other tile brings weights near."""
-    if high == TALL and not lone:
-        multiply_tile(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH // 2)
+def multiply_some(high, tiles, begun, x, t, w, f, out, at_next, pace):
+    """multiply_tile() of `high` rows, at most TALL; tiles: how many bring weights near."""
+    if high == TALL and tiles >= SPREAD:
+        multiply_tile(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH // SPREAD)
     elif TALL >= 8 and high == 8:
         multiply_tile(tile_zero(8, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
     elif TALL >= 7 and high == 7:
@@ -178,7 +180,7 @@ def product_rows(begun, x, rows, w, features, out):
         to, t, at_next = place_of(f, out), 0, w.at + f // WIDTH * w.step + on
         for left in range(tiles, 0, -1):
             high = (rows - t + left - 1) // left  # all alike: 7 rows in tiles of 6 are 4 and 3
-            multiply_some(high, tiles == 1, begun, x, t, w, f, to, at_next, pace)
+            multiply_some(high, tiles, begun, x, t, w, f, to, at_next, pace)
             at_next += pace * w.depth
             t += high
         f += WIDTH

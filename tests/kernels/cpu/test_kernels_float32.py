@@ -10,6 +10,7 @@ from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer, group_size
 from edgeattn.kernels.cpu.matmul import padded_head
 from edgeattn.kernels.cpu.records import NO_MASKS, KernelMask
+from edgeattn.kernels.cpu.row_products import CHAIN
 from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
 
 # B, L, S, E, H, Hkv, D, Dv, Eo: lengths around the tile and the query block, odd sizes, D != Dv, L != S
@@ -101,20 +102,27 @@ def test_heads_are_shared_evenly(heads, unit, count, at_once):
     assert portions.heads_at_once.py_func(heads, unit, count) == at_once
 
 
-@pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (256, 8, 77), (64, 8, 1024), (60, 5, 90)])
+@pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (384, 8, 60), (256, 8, 77), (64, 8, 1024), (60, 5, 90), (400, 2, 50)])
 def test_layers_in_groups_of_heads(E, H, L, monkeypatch):
-    """Heads that are projected and attended to a few at a time add up in the output, with and without masks."""
+    """Heads that are projected and attended to a few at a time add up in the output, with and without masks.
+
+    To the same bits however few: how many follows from the number of keys, which grows from step to step of a cache.
+    """
     rng = np.random.default_rng(L)
     D = E // H
     weights = make_layer(rng, E, H, H, D, D, E)
     layer = FloatLayer(H, H, weights[:4], weights[4:], D ** -0.5)
     x = [rng.standard_normal((1, L, E)).astype(np.float32)] * 3
-    for most in (layer_float32.GROUP, 1):
-        monkeypatch.setattr(layer_float32, "GROUP", most)
-        for masks in ({}, dict(band=(-10**6, 0)), dict(keep=rng.random((1, H, 1, L)) > 0.2)):
+    keep, usual = rng.random((1, H, 1, L)) > 0.2, layer_float32.GROUP
+    for masks in ({}, dict(band=(-10**6, 0)), dict(keep=keep), dict(keep=keep[:, :1])):
+        found = []
+        for most in (2**30, usual, 1):
+            monkeypatch.setattr(layer_float32, "GROUP", most)
             layer._plans.clear()
-            got = layer(*x, np.empty_like(x[0]), KernelMask(**masks))
-            np.testing.assert_allclose(got, oracle.layer(*x, weights, H, H, **masks), atol=3e-6)
+            layer._alike.clear()
+            found.append(layer(*x, np.empty_like(x[0]), KernelMask(**masks)))
+            np.testing.assert_array_equal(found[-1], found[0])
+        np.testing.assert_allclose(found[0], oracle.layer(*x, weights, H, H, **masks), atol=3e-6)
 
 
 @pytest.mark.parametrize("E, H", [(64, 4), (64, 8), (128, 8), (256, 4), (384, 4), (384, 8), (384, 12)])
@@ -130,12 +138,12 @@ def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
     block = fused.QUERIES
     assert sizes(block, 512) == sizes(16384, 512) and sizes(block, 512, True) == sizes(16384, 512, True)
     Dp = padded_head(D)
-    unit = -(-WIDTH // Dp)  # heads that fill a panel of features
+    unit = -(-CHAIN // Dp)  # heads that fill a chain of the output, and a panel of features
     for S in (1, 64, 512, 4096, 16384):
         shared, private = sizes(block, S)
         largest = max(layer_float32.GROUP, unit * 2 * S * Dp)  # keys and values of as many heads
         assert shared <= largest + (S + ROWS) * 4 * max(Dp, WIDTH)
-        assert private == sizes(block, 1)[1] or group_size(S, H, Dp, Dp) < H
+        assert private == sizes(block, 1)[1] or group_size(S, 1, H, Dp, Dp) < H
         assert private <= sizes(block, 1)[1]
         assert 0 <= sizes(block, S, True)[1] - private <= S * WIDTH + 16
     if LANES == 16:  # what the other instruction sets need less of lanes they have in tokens

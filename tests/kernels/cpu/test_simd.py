@@ -183,7 +183,7 @@ def _multiply_by_lane(a, row_step, step, b, out, depth):
 @njit(error_model="numpy")
 def _multiply_by_lane_ahead(a, row_step, step, b, out, depth, pace):
     tile = simd.tile_load(ROWS, COLUMNS, out, 0, WIDTH, N)
-    tile = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, pace)
+    tile = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, pace, WIDTH)
     simd.tile_store(tile, out, 0, WIDTH, N)
 
 
@@ -195,7 +195,7 @@ STEPS = [(11, 1), (1, ROWS + 3), (2, 2 * ROWS + 1), (1, 1)]
 @pytest.mark.parametrize("kind", ["float32", "unsigned rows", "unsigned columns"])
 def test_a_product_wherever_its_rows_lie(kind, row_step, step):
     rng = np.random.default_rng(6)
-    for depth in (0, 1, 2, 3, 4, 7, 10):
+    for depth in (0, 1, 2, 3, 4, 7, 10, 23):
         i, k = np.arange(ROWS)[:, None] * row_step, np.arange(depth) * step
         size = (ROWS - 1) * row_step + max(depth - 1, 0) * step + 1  # no element more than there is to be read
         if kind == "float32":

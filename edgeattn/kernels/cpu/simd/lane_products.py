@@ -94,28 +94,46 @@ class _Product:
             return [row for i in rows[::_FOUR] for row in self.some(self.at(i, k), _FOUR)]
         return [emit.splat(self.builder, self.builder.load(self.at(i, k)), self.vector) for i in rows]
 
-    def depths(self, k, rows, way):
-        """(rows, vectors of b) at the depths from k on that one turn multiplies."""
-        depths = [self.builder.add(k, self.number(d)) for d in range(self.turn[way])]
+    def depths(self, k, rows, way, along):
+        """(rows, vectors of b) at the depths from k on that one turn multiplies; along: k elements, in bytes."""
+        builder = self.builder
+        depths = [builder.add(k, self.number(d)) for d in range(self.turn[way])]
         if way == "depth":
-            down = zip(*[self.some(self.at(i, k), self.turn[way]) for i in rows], strict=True)
+            places = [builder.bitcast(builder.gep(self.first, [self.down[i]]), emit.i8.as_pointer()) for i in rows]
+            down = zip(*[self.some(builder.gep(place, [along]), self.turn[way]) for place in places], strict=True)
         else:
             down = [self.rows(depth, rows, way == "rows") for depth in depths]
         return zip(down, [self.across(depth) for depth in depths], strict=True)
 
     def one_by_one(self, tile, way, depth, ahead):
-        """All depths, each added to the tile on its own."""
-        every = range(self.tile.rows)
+        """All depths, each added to the tile on its own; two turns at a time, whose counting and hints are shared."""
+        builder, every, size = self.builder, range(self.tile.rows), self.turn[way]
+        turns, one, nothing = self.turns(depth, way), self.number(1), self.number(0)
 
-        def turn(number, state):
-            k = self.builder.mul(number, self.number(self.turn[way]))
-            if ahead:
-                ahead(k)
-            for down, across in self.depths(k, every, way):
-                state = _times(self.builder, state, self.tile, down, across)
+        def turn(k, along, state):
+            for down, across in self.depths(k, every, way, along):
+                state = _times(builder, state, self.tile, down, across)
             return state
 
-        return self.rest(_loop(self.builder, self.turns(depth, way), tile, turn), way, depth, every)
+        def pair(number, state):
+            k, (*state, along) = builder.mul(number, self.number(2 * size)), state
+            if ahead:
+                ahead(k, 2 * size)
+            state = turn(k, along, state)
+            if way == "depth":
+                # Unknown, else the compiler loads rows of both turns in pairs, for which there are too few registers.
+                along = emit.unknown(builder, builder.add(along, self.number(4 * size)))
+                after = builder.add(along, self.number(4 * size))
+            else:
+                after = along
+            return [*turn(builder.add(k, self.number(size)), along, state), after]
+
+        def last(_, state):
+            k = builder.mul(builder.sub(turns, one), self.number(size))
+            return turn(k, builder.mul(k, self.number(4)), state)
+
+        *tile, _ = _loop(builder, builder.ashr(turns, one), [*tile, nothing], pair)
+        return self.rest(_loop(builder, builder.and_(turns, one), tile, last), way, depth, every)
 
     def turns(self, depth, way):
         return self.builder.ashr(depth, self.number(self.turn[way].bit_length() - 1))
@@ -229,10 +247,12 @@ def _multiply(context, builder, sig, args):
     else:
         start = emit.pointer(context, builder, sig.args[5], args[5], args[8], product.vector.element)
 
-        def ahead(k):
-            for line in range(2):
-                where = builder.add(builder.mul(k, args[9]), ir.Constant(emit.i64, line * _LINE))
-                emit.prefetch(builder, builder.gep(start, [where]))
+        def ahead(k, depths):
+            first, end = builder.mul(k, args[9]), builder.mul(args[10], ir.Constant(emit.i64, depths))
+            for at in range(0, depths * LANES * t.columns, _LINE):  # `most` is known when all of this is compiled
+                line = ir.Constant(emit.i64, at)
+                with builder.if_then(builder.icmp_signed("<", line, end)):
+                    emit.prefetch(builder, builder.gep(start, [builder.add(first, line)]))
 
         near, nothing, after = (builder.append_basic_block(name) for name in ("ahead", "nothing_ahead", "multiplied"))
         builder.cbranch(builder.icmp_signed("!=", args[9], ir.Constant(emit.i64, 0)), near, nothing)
@@ -262,11 +282,11 @@ def multiply_by_lane(typing, t, a, at_a, row_step, step, b, at_b, depth):
 
 
 @intrinsic
-def multiply_by_lane_ahead(typing, t, a, at_a, row_step, step, b, at_b, depth, at_next, pace):
-    """multiply_by_lane(), while b[at_next : at_next + depth * pace] is brought near, pace at most 8"""
+def multiply_by_lane_ahead(typing, t, a, at_a, row_step, step, b, at_b, depth, at_next, pace, most):
+    """multiply_by_lane(), while b[at_next : at_next + depth * pace] is brought near; pace <= most <= WIDTH"""
     if not may_multiply(t, a, b):
         return None
-    return t(t, a, types.intp, types.intp, types.intp, b, *[types.intp] * 4), _multiply
+    return t(t, a, types.intp, types.intp, types.intp, b, *[types.intp] * 5), _multiply
 
 
 def _rows_of(context, builder, sig, args, t):
