@@ -63,7 +63,7 @@ def outside():
     target = os.environ["TEST_TARGET"]
     started = subprocess.Popen(
         [COMPILER, "-c", OUTSIDE, target, TARGETS[target].isa], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**{name: value for name, value in os.environ.items() if not name.startswith(("EDGEATTN_", "NUMBA_"))},
+        env={**{name: value for name, value in os.environ.items() if not name.startswith(("EDGEATTN_", "NUMBA_", "TEST_"))},
              "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "EDGEATTN_JIT": "1"})
     atexit.register(started.communicate)
     return started
@@ -75,6 +75,7 @@ def compile_outside(function, types):
     print(json.dumps([inspect.getsourcefile(function), function.__qualname__, types]), file=process.stdin, flush=True)
     answer = process.stdout.readline()
     if not answer:
+        outside.cache_clear()  # the next kernel may be better
         raise RuntimeError(f"{COMPILER} could not compile {function.__qualname__} for {types}")
     path, result = json.loads(answer)
     library = ctypes.CDLL(path)
