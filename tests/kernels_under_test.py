@@ -1,6 +1,6 @@
 """Small kernels that apply one operation of edgeattn.kernels.cpu to whole arrays, for the tests."""
 import numpy as np
-from numba import njit
+from njit import njit
 
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
 from edgeattn.kernels.cpu import requantize, softmax_int8

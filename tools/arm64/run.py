@@ -1,12 +1,14 @@
 """Run the part of the test suite that may differ on ARM64, once per CPU, under the emulator.
 
-    python tools/arm64/run.py .arm64              every CPU; 14 minutes on two idle cores
+    python tools/arm64/run.py .arm64              every CPU
     python tools/arm64/run.py .arm64 --short      one CPU, a few dozen tests
     python tools/arm64/run.py .arm64 --cpu cortex-a53 -- -k softmax
     python tools/arm64/run.py .arm64 --wheel      the wheel alone
     python tools/arm64/run.py .arm64 --wheel --dist dist      ... that was built before
 
-What follows ``--`` goes to pytest. Kernels are compiled anew whenever a source changes, which is most of the time.
+What follows ``--`` goes to pytest. The emulator takes minutes to compile a kernel, so this machine compiles them, anew
+whenever a source changes: libraries of all kernels, in a copy of the sources that lies in the environments' folder;
+bundles; what tests of vectors call (tests/njit.py). Only tests of compiling compile there.
 Then, but for ``--short``, a wheel with these CPUs' libraries is built here, installed as on a board, and called on each
 CPU without Numba, by the Python of each Debian there is an environment of: tests/call_hashes.py must print there what
 it prints here, but for float32 attention, whose last bits follow from the length of vectors and must be the same on all
@@ -24,88 +26,158 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
+from typing import NamedTuple
 
 from build import ROOT, Progress, SetupError, clean_environment, pip_install
+from wheel import copy_sources
 
-# A whole layer kernel takes the emulator one to three minutes to compile, so what is chosen are the tests of what
-# depends on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
-# What LiteRT's own kernels give on the emulated A72 is not to be believed (docs/deployment.md): left out there.
+# What is chosen are the tests of what depends on the CPU: its instructions, its LiteRT, its threads, its cache, and all
+# that kernels give. Argument checks are the same everywhere.
 LITERT = "tests/quantized/test_parity.py::test_layers_equal_the_runtime"
 BUNDLE = "tests/test_bundle.py::test_"
-EVERYWHERE = (
+FLOATS = f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here"
+INT8 = "tests/kernels/cpu/test_kernels_int8.py::test_"
+STATIC = "tests/quantized/test_quantized.py::test_"
+JIT = "tests/runtime/test_jit.py::test_"
+# What looks at instructions: vectors, rules and products by themselves; bundles.
+INSTRUCTIONS = (
     "tests/kernels/cpu/test_arm64.py",
     f"{BUNDLE}codes_are_those_of_the_kernels",
     f"{BUNDLE}a_bundle_for_a_newer_processor_is_refused",
     f"{BUNDLE}what_cannot_run_here_is_refused_before_it_is_loaded",
-    LITERT,
+    "tests/kernels/cpu/test_simd.py",
 )
-SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/kernels/cpu/test_simd.py")
-# A53 and A72 have the same instructions, and A76 has those for bytes besides: each is tested in full on one of them,
-# in parts that take two cores the same time.
+SHORT = {"instructions": (*INSTRUCTIONS, LITERT, f"--deselect={LITERT}[litert-reference")}
+RULES = f"{INT8}vector_rule_equals_the_rule_on_python_integers", f"{INT8}linear_equals_integer_products"
+# What kernels give, on libraries.
+LIBRARIES = (
+    LITERT,
+    # attention as functions and layers, masks, probabilities, caches
+    "tests/test_functional.py",
+    "tests/test_functional_dynamic.py",
+    "tests/test_laws.py::test_law",
+    "tests/test_alibi.py",
+    "tests/test_long_rows.py",
+    "tests/test_kv_cache.py",
+    "tests/layers/test_layers.py",
+    "tests/kernels/cpu/test_kernels_float32.py::test_float_layer",
+    "tests/kernels/cpu/test_decode.py",
+    "tests/quantized/test_dynamic.py",
+    f"{INT8}every_rule_set_equals_integer_arithmetic",
+    f"{INT8}a_dropped_key_is_not_there",
+    f"{STATIC}probabilities_come_with_the_same_bytes",
+    f"{STATIC}chunks_through_a_cache_are_the_whole_bit_for_bit",
+    f"{STATIC}a_cache_gives_the_bytes_of_the_steps",
+    f"{STATIC}rows_of_many_equal_scores_are_what_the_rules_say",
+    # feed-forwards, whole encoders, threads, files
+    "tests/kernels/cpu/test_encoder_float32.py",
+    "tests/kernels/cpu/test_encoder_dynamic.py",
+    "tests/kernels/cpu/test_feed_forward_int8.py",
+    "tests/models/test_encoder.py",
+    "tests/quantized/test_whole_encoders.py",
+    "tests/quantized/test_static_encoders.py",
+    "tests/test_same_bytes.py::test_every_way_gives_the_same_bytes",
+    "tests/test_same_bytes.py::test_any_number_of_threads_gives_the_same_bytes",
+    "tests/test_threads.py::test_two_threads_give_the_same_bits",
+    "tests/test_threads.py::test_concurrent_callers",
+    "tests/test_threads.py::test_a_forked_child_computes",
+    "tests/files/test_storage.py::test_what_was_saved_is_loaded",
+    "tests/files/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
+    "tests/files/test_tflite_reader.py::test_reads_a_path",
+)
+# What compiles there; and a whole layer's kernel, which gives what this machine compiled.
+COMPILING = (f"{JIT}second_process_reads_the_cache", f"{JIT}edit_in_another_module_recompiles",
+             f"{JIT}code_of_other_types_is_not_run")
+# What LiteRT's own kernels give on the emulated A72 is not to be believed (docs/deployment.md): left out there.
 FULL = {
-    "cortex-a76": (
-        *EVERYWHERE,
-        "tests/kernels/cpu/test_simd.py",
-        f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[dynamic]",
-        "tests/kernels/cpu/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers",
-        "tests/kernels/cpu/test_kernels_int8.py::test_linear_equals_integer_products",
-        "tests/test_functional.py::test_as_accurate_as_plain_float32",
-        "tests/test_laws.py::test_law[function with probabilities-nothing_leaks_from_behind_a_mask]",
-        "tests/files/test_storage.py::test_what_was_saved_is_loaded",
-        "tests/files/test_tflite_reader.py::test_reads_a_path",
-    ),
-    "cortex-a72": (
-        *EVERYWHERE,
-        f"--deselect={LITERT}[litert-arm",
-        f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[float32]",
-        "tests/kernels/cpu/test_kernels_float32.py::test_float_layer",
-        "tests/layers/test_layers.py::test_as_accurate_as_plain_float32",
-        "tests/test_threads.py::test_two_threads_give_the_same_bits",
-        "tests/test_threads.py::test_concurrent_callers",
-        "tests/test_threads.py::test_a_forked_child_computes",
-    ),
-    "cortex-a53": (
-        *SHORT,
-        "tests/runtime/test_jit.py::test_second_process_reads_the_cache",
-        "tests/runtime/test_jit.py::test_edit_in_another_module_recompiles",
-        "tests/runtime/test_jit.py::test_code_of_other_types_is_not_run",
-        "tests/files/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
-    ),
+    "cortex-a76": {"libraries": LIBRARIES, "instructions": (*INSTRUCTIONS, *RULES),
+                   "compiling": (*COMPILING, f"{FLOATS}[dynamic]")},
+    "cortex-a72": {"libraries": (*LIBRARIES, f"--deselect={LITERT}[litert-arm"),
+                   "instructions": (*INSTRUCTIONS, *RULES), "compiling": (f"{FLOATS}[float32]",)},
+    "cortex-a53": {"libraries": LIBRARIES, "instructions": (*INSTRUCTIONS, *RULES), "compiling": COMPILING},
 }
+PARTS = "libraries", "compiling", "instructions"  # what takes longest first
+Tests = dict[str, dict[str, tuple[str, ...]]]  # of each CPU those of each part
 SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack
 LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where that takes seconds
+NONE_OF_THESE = 5  # pytest's status where `extra` leaves out all
 
+# Of the sources' copy, beside what a package is built from.
+TESTED_WITH = "tests", "benchmarks", "examples", "tools", "docs"
 EXPORT = ("import sys, test_bundle; from pathlib import Path; "
           "test_bundle.export_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])")
 
 
-def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
-    """Start, each when the one before has ended: the compiler of a CPU's bundles, here; pytest there."""
-    bundles = folder / "bundles" / cpu
-    shutil.rmtree(bundles, ignore_errors=True)  # of other sources, it may be; what was compiled is kept elsewhere
-    bundles.mkdir(parents=True)
-    python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    pytest = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
-              "--durations=10", f"--layers={layers}", *tests, *extra]
-    floats = re.findall(rf"{BUNDLE}floats\S+\[(\w+)\]", " ".join(tests))
-    there = {"NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1",
-             "TEST_BUNDLES": str(bundles)}
-    if tests is SHORT:  # a layer's kernel takes two minutes to compile there
-        there["TEST_PARITY_KERNELS"] = str(bundles / "static-litert.so")
-    for command, settings in (([sys.executable, "-c", EXPORT, bundles, cpu, *floats], {"PYTHONPATH": python_path}),
-                              (pytest, there)):
-        environment = {**clean_environment(), **settings}
-        with log_of(folder, cpu).open("a", encoding="utf-8") as log:
-            yield Popen([str(part) for part in command], cwd=ROOT, env=environment, stdin=DEVNULL, stdout=log,
-                        stderr=STDOUT)
+class Job(NamedTuple):
+    """Tests that one pytest runs on one CPU."""
+
+    cpu: str
+    part: str
+    tests: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What people read."""
+        return f"{self.cpu}, {self.part}"
 
 
-def log_of(folder: Path, cpu: str) -> Path:
-    """Return the file that receives what pytest says about a CPU."""
-    return folder / f"{cpu}.log"
+def compile_here(folder: Path, cpus: list[str], tests: Tests) -> Path:
+    """Copy the sources, with libraries where tests run on them, and make each CPU's bundles; return the copy.
+
+    Raises
+    ------
+    SetupError
+        With what was said where that fails.
+    """
+    step, tree = Progress("kernels, compiled here"), folder / "tree"
+    libraries = tree / "edgeattn" / "libraries"
+    shutil.rmtree(tree, ignore_errors=True)
+    copy_sources(tree)
+    for name in TESTED_WITH:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+
+    def bundles(cpu: str) -> None:
+        made = folder / "bundles" / cpu
+        shutil.rmtree(made, ignore_errors=True)  # of other sources, it may be; what was compiled is kept elsewhere
+        made.mkdir(parents=True)
+        floats = re.findall(rf"{re.escape(FLOATS)}\[(\w+)\]", " ".join(sum(tests[cpu].values(), ())))
+        said([sys.executable, "-c", EXPORT, made, cpu, *floats], folder, **environment)
+
+    try:
+        if any("libraries" in tests[cpu] for cpu in cpus):
+            said([sys.executable, "-m", "quant.export.kernels", libraries, *cpus], folder, **environment)
+            step.update("libraries")
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(bundles, cpus))
+    except SetupError:
+        step.done("failed")
+        raise
+    step.done("a library and bundles for each CPU" if libraries.exists() else "bundles")
+    return tree
+
+
+def start(folder: Path, tree: Path, job: Job, layers: int, extra: list[str]) -> Popen:
+    """Start pytest there."""
+    bundles = folder / "bundles" / job.cpu
+    command = [folder / job.cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
+               "--durations=10", f"--layers={layers}", *job.tests, *extra]
+    environment = {**clean_environment(), "EDGEATTN_JIT": "0" if job.part == "libraries" else "1",
+                   "NUMBA_CACHE_DIR": str(folder / "numba" / job.cpu), "TEST_BUNDLES": str(bundles),
+                   "TEST_COMPILER": sys.executable, "TEST_TARGET": job.cpu}
+    if job.part != "libraries" and LITERT in job.tests:
+        environment["TEST_PARITY_KERNELS"] = str(bundles / "static-litert.so")
+    with log_of(folder, job).open("w", encoding="utf-8") as log:
+        return Popen([str(each) for each in command], cwd=tree, env=environment, stdin=DEVNULL, stdout=log,
+                     stderr=STDOUT)
+
+
+def log_of(folder: Path, job: Job) -> Path:
+    """Return the file that receives what pytest says."""
+    return folder / f"{job.cpu}-{job.part}.log"
 
 
 def summary(log: Path) -> str:
@@ -118,40 +190,39 @@ def summary(log: Path) -> str:
 def percentage(log: Path) -> str:
     """Return how far pytest is, as "42%"."""
     found = re.findall(r"\[ *(\d+%)\]", log.read_text(encoding="utf-8", errors="replace"))
-    return found[-1] if found else "compiling"
+    return found[-1] if found else "begun"
 
 
-def run(folder: Path, cpus: list[str], tests: dict[str, tuple[str, ...]], layers: int, extra: list[str]) -> int:
-    """Test on every CPU, as many at a time as this machine has cores; return how many failed."""
-    waiting, rest, running, failed, results = list(cpus), {}, {}, [], {}
+def run(folder: Path, cpus: list[str], tests: Tests, layers: int, extra: list[str]) -> int:
+    """Test on every CPU, as many jobs at a time as this machine has cores; return how many failed."""
+    try:
+        tree = compile_here(folder, cpus, tests)
+    except SetupError as error:
+        print(error)
+        return len(cpus)
+    jobs = [Job(cpu, part, chosen) for cpu in cpus for part, chosen in tests[cpu].items()]
+    jobs.sort(key=lambda job: PARTS.index(job.part))
+    waiting, running, failed = list(jobs), {}, []
     at_once = len(os.sched_getaffinity(0))
     step = Progress("tests under emulation")
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                cpu = waiting.pop(0)
-                log_of(folder, cpu).unlink(missing_ok=True)
-                rest[cpu] = processes(folder, cpu, tests[cpu], layers, extra)
-                running[cpu] = next(rest[cpu])
+                job = waiting.pop(0)
+                running[job] = start(folder, tree, job, layers, extra)
             time.sleep(0.5)
-            step.update(", ".join(f"{cpu} {percentage(log_of(folder, cpu))}" for cpu in running))
-            for cpu in [cpu for cpu, process in running.items() if process.poll() is not None]:
-                status = running.pop(cpu).returncode
-                following = None if status else next(rest[cpu], None)
-                if following:
-                    running[cpu] = following
-                    continue
-                results[cpu] = summary(log_of(folder, cpu))
-                if status:
-                    failed.append(cpu)
+            step.update("; ".join(f"{job.name} {percentage(log_of(folder, job))}" for job in running))
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                if running.pop(job).returncode not in (0, NONE_OF_THESE if extra else 0):
+                    failed.append(job)
     finally:
         for process in running.values():
             process.terminate()
-    step.done(f"{len(cpus) - len(failed)} passed, {len(failed)} failed")
-    for cpu in failed:
-        print(f"\n---- {cpu}\n{log_of(folder, cpu).read_text(encoding='utf-8', errors='replace')[-6000:]}")
-    for cpu in cpus:
-        print(f"  {'FAILED' if cpu in failed else 'passed'}  {cpu}: {results[cpu]}")
+    step.done(f"{len(jobs) - len(failed)} passed, {len(failed)} failed")
+    for job in failed:
+        print(f"\n---- {job.name}\n{log_of(folder, job).read_text(encoding='utf-8', errors='replace')[-6000:]}")
+    for job in jobs:
+        print(f"  {'FAILED' if job in failed else 'passed'}  {job.name}: {summary(log_of(folder, job))}")
     return len(failed)
 
 

@@ -49,7 +49,8 @@ def test_int8_tiles_use_the_cpus_instructions():
     has_dot_product = "sdot" in used or "udot" in used
     assert has_dot_product == (ISA.name == "neondot")
     if ISA.name == "neon":
-        assert {"saddlp", "smull", "smull2"} <= used
+        assert {"saddlp", "smull"} <= used
+        assert used & {"smull2", "ext"}  # upper halves where they lie, or brought down first: as LLVM likes
 
 
 def test_an_instruction_set_the_cpu_lacks_is_refused():

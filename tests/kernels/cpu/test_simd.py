@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import njit
+from njit import njit
 
 from edgeattn.kernels.cpu import matmul, simd, softmax
 from edgeattn.kernels.cpu.simd import COLUMNS, HALVES_DEPTH, LANES, OFFSET, ROWS, WIDTH
