@@ -5,6 +5,8 @@
         x : Groups of `tokens` rows, or as many more as make a multiple of ROWS; `panels` : BytePanels of w and bias, as
         `pack_byte_panels` leaves w; tiles : Part, TILES_SCRATCH elements.  Where DEPTH_STEP is not 1, x.step is 1,
         the depth a multiple of it, and x holds a multiple of 16 rows.
+    few_linear(finish, arguments, x, tokens, panels, tiles)
+        The same, where the last tile may have ROWS / 2 rows, so that few tokens cost little.
     row_product(finish, arguments, x, tokens, panels, tiles)
         The same with finish(tile, rows, t, f, *arguments), where a tile has `rows` rows, a constant: in registers as
         many as are left at the end, so that few tokens cost little; by the matrix unit ROWS, the last past the tokens.
@@ -31,6 +33,7 @@ if ISA.amx:
         ROW_STEP,
         TILES_SCRATCH,
         digit_products,
+        few_linear,
         lane_product,
         linear,
         row_product,
@@ -41,6 +44,7 @@ else:
         ROW_STEP,
         TILES_SCRATCH,
         digit_products,
+        few_linear,
         lane_product,
         linear,
         row_product,
@@ -49,8 +53,8 @@ else:
 # DEPTH_STEP: what the depth of a product must be a multiple of, in groups of four bytes; ROW_STEP: rows written at once
 READ_AHEAD = 2 * MATRIX_ROWS  # rows that a product may read past the last one
 
-__all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "lane_product", "linear",
-           "pack_byte_panels", "row_product"]
+__all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "few_linear", "lane_product",
+           "linear", "pack_byte_panels", "row_product"]
 
 
 def pack_byte_panels(weight):

@@ -20,7 +20,7 @@ from edgeattn.runtime.compiler import NamedTuple, inline, task
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .int8_operands import FLIP
 from .int8_views import Groups
-from .matmul import multiply, multiply_ahead, pace_ahead, round_up
+from .matmul import distance_ahead, multiply_ahead, pace_ahead, round_up
 from .norm import NO_NORM, normalize_row, read_row
 from .one_row import multiply_row
 from .simd import (
@@ -242,18 +242,15 @@ def finish_tile(tile, t, f, m, x, out):
 
 
 @inline
-def multiply_tile(tile, t, f, m, x, w, out, at_next, pace):
-    """A tile, plus x w^T, finished; of weights from at_next on, `pace` elements for each depth are brought near."""
+def multiply_tile(tile, t, f, m, x, w, out, at_next, pace, most):
+    """A tile, plus x w^T, finished; meanwhile weights from at_next on come near, see multiply_ahead."""
     groups4 = x.groups4
     at_x, at_w = x.at + t * groups4 * WORDS, w.at + f * groups4
     if AS_WORDS:
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
-    elif pace > 0:
-        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace,
-                              WIDTH // 2)
     else:
-        tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
+        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace, most)
     finish_tile(tile, t, f, m, x, out)
 
 
@@ -262,29 +259,32 @@ def product_of_bytes(m, x, rows, w, features, out):
     """product_rows() of bytes, or of words as they are."""
     at_minus, at_c, pace = x.at_minus, w.at_c, pace_ahead(rows, ROWS)
     for f in range(0, features, WIDTH):
-        t, at_next = 0, w.at + (f + WIDTH) * x.groups4
+        t, at_next = 0, w.at + f * x.groups4 + distance_ahead(pace, x.groups4)
         while t < rows:
             left = rows - t
             if left >= ROWS:
                 tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace)
+                if pace == WIDTH:
+                    multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
+                else:
+                    multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH // 2)
                 at_next += pace * x.groups4
                 t += ROWS
             elif left >= 4:
                 tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
                 t += 4
             elif left == 3:
                 tile = tile_of_products(3, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
                 t += 3
             elif left == 2:
                 tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
                 t += 2
             else:
                 tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
                 t += 1
 
 

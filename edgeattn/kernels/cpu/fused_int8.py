@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.runtime.compiler import NamedTuple, inline, jit, register_jitable
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .byte_products import DEPTH_STEP, linear
+from .byte_products import DEPTH_STEP, few_linear, linear
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
 from .int8_operands import (
     BYTE_FLIP,
@@ -244,7 +244,7 @@ def project_queries(p, a, batch, q0, queries, own):
     row_major_row, q_groups = round_up(features // 4, LANES), round_up(D4, DEPTH_STEP)
     at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
     x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
-    pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
+    pack_tokens(x, Eq, queries, queries if queries == 1 else WIDTH, Part(own.int32, p.at_x), Eq4)
     scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.yq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
     linear_of_tokens(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), queries,
@@ -254,7 +254,7 @@ def project_queries(p, a, batch, q0, queries, own):
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):
-            for l in range(0, WIDTH, LANES):
+            for l in range(0, queries, LANES):
                 transpose_block(own.int32, at_row_major + l * row_major_row + h * D4 + f, row_major_row,
                                 own.int32, at_q + (h * turn + f) * WIDTH + l, WIDTH)
         for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
@@ -357,8 +357,8 @@ def write_rows(p, a, at_row, queries, alone, own):
     else:
         scaling, panels = output_parts(p, a)
         to = Groups(out, at_row, Eo, 1)
-        linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
-               context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
+        few_linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
+                   context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
 
 
 @inline

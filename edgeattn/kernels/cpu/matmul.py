@@ -34,6 +34,7 @@ from .simd import (
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 _LINE = 16  # elements of four bytes in a cache line
+_LONE_AHEAD = 4096  # how far on weights are brought near by a lone tile, which waits for each of them
 
 
 @register_jitable
@@ -109,10 +110,16 @@ multiply, multiply_ahead = ((multiply_by_lane, _multiply_by_lane_ahead) if BY_LA
 def pace_ahead(rows, tall):
     """How much of the next panel each tile of `tall` rows brings near for each depth: evenly, threads share memory.
 
-    Nothing where one tile passes: it reads panel after panel, which the processor sees for itself.
+    WIDTH where one tile passes, which reads panel after panel.
     """
     tiles = (rows + tall - 1) // tall
-    return (WIDTH + tiles - 1) // tiles if tiles > 1 else 0
+    return (WIDTH + tiles - 1) // tiles
+
+
+@inline
+def distance_ahead(pace, depth):
+    """How far on from the beginning of a panel (depth, WIDTH) lies what its first tile brings near."""
+    return _LONE_AHEAD if pace == WIDTH else depth * WIDTH
 
 
 @inline

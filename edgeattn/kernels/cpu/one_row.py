@@ -4,18 +4,16 @@ A row gives the same sums as among others, integers without rounding.
 """
 from edgeattn.runtime.compiler import inline
 
-from .byte_products import linear
-from .matmul import multiply
+from .byte_products import few_linear
+from .matmul import distance_ahead, multiply_ahead
 from .simd import (
     COLUMNS,
     HALVES_DEPTH,
     IN_HALVES,
-    ROWS,
     WIDTH,
     add_row_products,
     prefetch,
     tile_of_columns,
-    tile_of_row,
 )
 
 _NEAR = 32 * WIDTH  # how far ahead weights are brought near
@@ -34,7 +32,8 @@ def multiply_row(tile, x, panels, at_panel, depth4):
         for k in range(whole, depth4):
             tile = add_row_products(tile, 1, x.data, x.at + k * x.step, x.step, panels, at_panel + k * WIDTH)
         return tile
-    return multiply(tile, x.data, x.at, x.row, x.step, panels, at_panel, depth4)
+    return multiply_ahead(tile, x.data, x.at, x.row, x.step, panels, at_panel, depth4,
+                          at_panel + distance_ahead(WIDTH, depth4), WIDTH, WIDTH)
 
 
 @inline
@@ -53,15 +52,15 @@ def product_of_row(finish, arguments, x, panels):
 
 @inline
 def linear_of_row(finish, arguments, x, panels):
-    """byte_products.linear of one row, whose tiles are ROWS times that row."""
+    """byte_products.linear of one row, whose tiles have that row alone."""
     for f in range(0, panels.features, WIDTH):
-        finish(tile_of_row(ROWS, row_times_panel(x, panels, f)), 0, f, *arguments)
+        finish(row_times_panel(x, panels, f), 0, f, *arguments)
 
 
 @inline
 def linear_of_tokens(finish, arguments, x, tokens, panels, tiles):
-    """byte_products.linear, by `linear_of_row` where it is of one token."""
+    """byte_products.few_linear, by `linear_of_row` where it is of one token."""
     if tokens == 1:
         linear_of_row(finish, arguments, x, panels)
     else:
-        linear(finish, arguments, x, tokens, panels, tiles)
+        few_linear(finish, arguments, x, tokens, panels, tiles)
