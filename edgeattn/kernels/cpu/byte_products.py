@@ -2,11 +2,12 @@
 
     linear(finish, arguments, x, tokens, panels, tiles)
         finish(tile, t, f, *arguments) with every register tile of x w^T + bias: tokens from t, features from f on.
+        Tiles have ROWS rows, in registers the last one half of them where those are enough.
         x : Groups of `tokens` rows, or as many more as make a multiple of ROWS; `panels` : BytePanels of w and bias, as
         `pack_byte_panels` leaves w; tiles : Part, TILES_SCRATCH elements.  Where DEPTH_STEP is not 1, x.step is 1,
         the depth a multiple of it, and x holds a multiple of 16 rows.
-    few_linear(finish, arguments, x, tokens, panels, tiles)
-        The same, where the last tile may have ROWS / 2 rows, so that few tokens cost little.
+    linear_ahead(finish, arguments, x, tokens, panels, tiles)
+        The same of weights, which are brought near before they are needed.
     row_product(finish, arguments, x, tokens, panels, tiles)
         The same with finish(tile, rows, t, f, *arguments), where a tile has `rows` rows, a constant: in registers as
         many as are left at the end, so that few tokens cost little; by the matrix unit ROWS, the last past the tokens.
@@ -33,9 +34,9 @@ if ISA.amx:
         ROW_STEP,
         TILES_SCRATCH,
         digit_products,
-        few_linear,
         lane_product,
         linear,
+        linear_ahead,
         row_product,
     )
 else:
@@ -44,16 +45,16 @@ else:
         ROW_STEP,
         TILES_SCRATCH,
         digit_products,
-        few_linear,
         lane_product,
         linear,
+        linear_ahead,
         row_product,
     )
 
 # DEPTH_STEP: what the depth of a product must be a multiple of, in groups of four bytes; ROW_STEP: rows written at once
 READ_AHEAD = 2 * MATRIX_ROWS  # rows that a product may read past the last one
 
-__all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "few_linear", "lane_product",
+__all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "linear_ahead", "lane_product",
            "linear", "pack_byte_panels", "row_product"]
 
 

@@ -15,13 +15,19 @@ _TWO = 2 * _DIGITS
 
 @inline
 def linear(finish, arguments, x, tokens, panels, tiles):
-    """Tile by tile, as finished."""
+    """Tile by tile, as finished; the last one has half the rows where those are enough."""
     for f in range(0, panels.features, WIDTH):
         at_panel = panels.at + f * panels.depth4
         for t in range(0, tokens, ROWS):
-            tile = tile_of_columns(ROWS, COLUMNS, panels.bias, panels.at_bias + f)
-            tile = multiply(tile, x.data, x.at + t * x.row, x.row, x.step, panels.data, at_panel, panels.depth4)
-            finish(tile, t, f, *arguments)
+            at_x = x.at + t * x.row
+            if _HALF < ROWS and tokens - t <= _HALF:
+                tile = tile_of_columns(_HALF, COLUMNS, panels.bias, panels.at_bias + f)
+                tile = multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
+                finish(tile, t, f, *arguments)
+            else:
+                tile = tile_of_columns(ROWS, COLUMNS, panels.bias, panels.at_bias + f)
+                tile = multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
+                finish(tile, t, f, *arguments)
 
 
 @inline
@@ -40,8 +46,8 @@ def _multiply_tall(tile, x, t, panels, f, at_next, pace):
 
 
 @inline
-def few_linear(finish, arguments, x, tokens, panels, tiles):
-    """Tile by tile; the last one has half the rows where those are enough."""
+def linear_ahead(finish, arguments, x, tokens, panels, tiles):
+    """linear(), while what comes next of the weights is brought near."""
     bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
     for f in range(0, panels.features, WIDTH):
         t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4)

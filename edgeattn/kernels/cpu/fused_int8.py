@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.runtime.compiler import NamedTuple, inline, jit, register_jitable
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .byte_products import DEPTH_STEP, few_linear, linear
+from .byte_products import DEPTH_STEP, linear, linear_ahead
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
 from .int8_operands import (
     BYTE_FLIP,
@@ -158,17 +158,20 @@ def key_terms(keys, tokens, D4, zero_point, out, square):
 
 @inline
 def fill_drop_mask(masks, keep, padding, h, seen):
-    """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
+    """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen.
+
+    Lanes without a query keep any.
+    """
     at_keep = keep.at + h * keep.head + seen.q0 * keep.row
     for g in range(seen.groups):
-        for q in range(WIDTH):
+        for q in range(seen.queries):
             word = np.uint32(0)
             for j in range(4):
                 s = seen.first + 4 * g + j
                 is_seen = s < seen.last
                 if seen.band and not (seen.low <= s - seen.q0 - q <= seen.high):
                     is_seen = False
-                at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
+                at = at_keep + q * keep.row + s * keep.key
                 if is_seen and keep.given and keep.data[at] == 0:
                     is_seen = False
                 if is_seen and padding.given and padding.data[padding.at + s] == 0:
@@ -263,7 +266,7 @@ def project_queries(p, a, batch, q0, queries, own):
 
 @inline
 def score_head(p, a, h, first, keys, layout, shared, own):
-    """Scores of `keys` keys, a multiple of ROWS, from `first` on: codes of four keys to a lane."""
+    """Scores of `keys` keys, a multiple of four, from `first` on: codes of four keys to a lane."""
     D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
     q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
     at_q = p.at_q + h * q_groups * WIDTH
@@ -357,8 +360,8 @@ def write_rows(p, a, at_row, queries, alone, own):
     else:
         scaling, panels = output_parts(p, a)
         to = Groups(out, at_row, Eo, 1)
-        few_linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
-                   context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
+        linear_ahead(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
+                     context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
 
 
 @inline
@@ -396,7 +399,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
         project_queries(p, a, batch, q0, queries, own)
         first, last, _, _ = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
-        last_up = round_up(last, ROWS)
+        last_up = round_up(last, 4)
         groups = (last_up - first) // 4
         seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last

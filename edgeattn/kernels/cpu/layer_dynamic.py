@@ -79,7 +79,7 @@ def plan(p, B, L, S, masked):
     S_up, L_up, K4 = round_up(S, TOKENS), round_up(L, TOKENS), round_up(Hkv * Dp // 4, LANES)
     past = READ_AHEAD  # and of a row past the last number
     shared = round_up((S_up + past) * K4 + past, 16)  # the keys
-    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
+    p.at_values, shared = place(shared, (Hkv * Dvp + past) * f.values_row(S) + past)
     p.at_kterm, shared = place(shared, Hkv * S_up)
     p.at_kscale, shared = place(shared, Hkv * S_up)
     p.at_vlog, shared = place(shared, Hkv * S_up)

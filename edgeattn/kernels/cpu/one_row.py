@@ -4,7 +4,7 @@ A row gives the same sums as among others, integers without rounding.
 """
 from edgeattn.runtime.compiler import inline
 
-from .byte_products import few_linear
+from .byte_products import linear_ahead
 from .matmul import distance_ahead, multiply_ahead
 from .simd import (
     COLUMNS,
@@ -59,8 +59,8 @@ def linear_of_row(finish, arguments, x, panels):
 
 @inline
 def linear_of_tokens(finish, arguments, x, tokens, panels, tiles):
-    """byte_products.few_linear, by `linear_of_row` where it is of one token."""
+    """byte_products.linear_ahead, by `linear_of_row` where it is of one token."""
     if tokens == 1:
         linear_of_row(finish, arguments, x, panels)
     else:
-        few_linear(finish, arguments, x, tokens, panels, tiles)
+        linear_ahead(finish, arguments, x, tokens, panels, tiles)
