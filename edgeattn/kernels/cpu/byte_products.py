@@ -2,12 +2,11 @@
 
     linear(finish, arguments, x, tokens, panels, tiles)
         finish(tile, t, f, *arguments) with every register tile of x w^T + bias: tokens from t, features from f on.
-        Tiles have ROWS rows, in registers the last one half of them where those are enough.
         x : Groups of `tokens` rows, or as many more as make a multiple of ROWS; `panels` : BytePanels of w and bias, as
         `pack_byte_panels` leaves w; tiles : Part, TILES_SCRATCH elements.  Where DEPTH_STEP is not 1, x.step is 1,
         the depth a multiple of it, and x holds a multiple of 16 rows.
     linear_ahead(finish, arguments, x, tokens, panels, tiles)
-        The same of weights, which are brought near before they are needed.
+        The same of weights, which are brought near before they are needed; the last tile may have ROWS / 2 rows.
     row_product(finish, arguments, x, tokens, panels, tiles)
         The same with finish(tile, rows, t, f, *arguments), where a tile has `rows` rows, a constant: in registers as
         many as are left at the end, so that few tokens cost little; by the matrix unit ROWS, the last past the tokens.

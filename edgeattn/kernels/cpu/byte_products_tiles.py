@@ -2,7 +2,7 @@
 
 from edgeattn.runtime.compiler import inline
 
-from .matmul import distance_ahead, multiply, multiply_ahead, pace_ahead
+from .matmul import distance_ahead, multiply, multiply_ahead, multiply_row_ahead, pace_ahead
 from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_of_columns, tile_store, tile_zero
 
 DEPTH_STEP = 1
@@ -15,19 +15,13 @@ _TWO = 2 * _DIGITS
 
 @inline
 def linear(finish, arguments, x, tokens, panels, tiles):
-    """Tile by tile, as finished; the last one has half the rows where those are enough."""
+    """Tile by tile, as finished."""
     for f in range(0, panels.features, WIDTH):
         at_panel = panels.at + f * panels.depth4
         for t in range(0, tokens, ROWS):
-            at_x = x.at + t * x.row
-            if _HALF < ROWS and tokens - t <= _HALF:
-                tile = tile_of_columns(_HALF, COLUMNS, panels.bias, panels.at_bias + f)
-                tile = multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
-                finish(tile, t, f, *arguments)
-            else:
-                tile = tile_of_columns(ROWS, COLUMNS, panels.bias, panels.at_bias + f)
-                tile = multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
-                finish(tile, t, f, *arguments)
+            tile = tile_of_columns(ROWS, COLUMNS, panels.bias, panels.at_bias + f)
+            tile = multiply(tile, x.data, x.at + t * x.row, x.row, x.step, panels.data, at_panel, panels.depth4)
+            finish(tile, t, f, *arguments)
 
 
 @inline
@@ -47,10 +41,10 @@ def _multiply_tall(tile, x, t, panels, f, at_next, pace):
 
 @inline
 def linear_ahead(finish, arguments, x, tokens, panels, tiles):
-    """linear(), while what comes next of the weights is brought near."""
+    """The last tile has half the rows where those are enough."""
     bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
     for f in range(0, panels.features, WIDTH):
-        t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4)
+        t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4, panels.features)
         while t < tokens:
             if _HALF < ROWS and tokens - t <= _HALF:
                 tile = tile_of_columns(_HALF, COLUMNS, bias, at_bias + f)
@@ -67,7 +61,7 @@ def row_product(finish, arguments, x, tokens, panels, tiles):
     """Tile by tile; the last ones have as many rows as are left: four, and then three, two or one."""
     bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
     for f in range(0, panels.features, WIDTH):
-        t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4)
+        t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4, panels.features)
         while t < tokens:
             left = tokens - t
             if left >= ROWS:
@@ -89,7 +83,9 @@ def row_product(finish, arguments, x, tokens, panels, tiles):
                 t += 2
             else:
                 tile = tile_of_columns(1, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, pace, WIDTH), 1, t, f, *arguments)
+                tile = multiply_row_ahead(tile, x.data, x.at + t * x.row, x.step, panels.data,
+                                          panels.at + f * panels.depth4, panels.depth4, at_next)
+                finish(tile, 1, t, f, *arguments)
                 t += 1
 
 

@@ -20,7 +20,7 @@ from edgeattn.runtime.compiler import NamedTuple, inline, task
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .int8_operands import FLIP
 from .int8_views import Groups
-from .matmul import distance_ahead, multiply_ahead, pace_ahead, round_up
+from .matmul import distance_ahead, multiply_ahead, multiply_row_ahead, pace_ahead, round_up
 from .norm import NO_NORM, normalize_row, read_row
 from .one_row import multiply_row
 from .simd import (
@@ -255,11 +255,22 @@ def multiply_tile(tile, t, f, m, x, w, out, at_next, pace, most):
 
 
 @inline
+def multiply_tile_of_row(tile, t, f, m, x, w, out, at_next):
+    """multiply_tile() of one row."""
+    if AS_WORDS:
+        multiply_tile(tile, t, f, m, x, w, out, at_next, 0, WIDTH)
+    else:
+        tile = multiply_row_ahead(tile, m.u, x.at + t * x.groups4, 1, m.weights, w.at + f * x.groups4, x.groups4,
+                                  at_next)
+        finish_tile(tile, t, f, m, x, out)
+
+
+@inline
 def product_of_bytes(m, x, rows, w, features, out):
     """product_rows() of bytes, or of words as they are."""
     at_minus, at_c, pace = x.at_minus, w.at_c, pace_ahead(rows, ROWS)
     for f in range(0, features, WIDTH):
-        t, at_next = 0, w.at + f * x.groups4 + distance_ahead(pace, x.groups4)
+        t, at_next = 0, w.at + f * x.groups4 + distance_ahead(pace, x.groups4, features)
         while t < rows:
             left = rows - t
             if left >= ROWS:
@@ -284,7 +295,7 @@ def product_of_bytes(m, x, rows, w, features, out):
                 t += 2
             else:
                 tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
+                multiply_tile_of_row(tile, t, f, m, x, w, out, at_next)
                 t += 1
 
 
@@ -311,7 +322,7 @@ def product_rows(m, x, rows, w, features, out, at_wide):
         if rows == 1:
             for f in range(0, features, WIDTH):
                 tile = tile_of_products(1, COLUMNS, m.i, x.at_minus, m.weights, w.at_c + f)
-                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4)
+                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4, 0)
                 finish_tile(tile, 0, f, m, x, out)
             return
         product_of_words(start_sums, finish_sums, (m, x, w, out), Words(m.i, x.at, x.groups4, at_wide), rows,

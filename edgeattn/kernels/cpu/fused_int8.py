@@ -266,7 +266,7 @@ def project_queries(p, a, batch, q0, queries, own):
 
 @inline
 def score_head(p, a, h, first, keys, layout, shared, own):
-    """Scores of `keys` keys, a multiple of four, from `first` on: codes of four keys to a lane."""
+    """Scores of `keys` keys from `first` on, up to a multiple of ROWS: codes of four keys to a lane."""
     D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
     q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
     at_q = p.at_q + h * q_groups * WIDTH
@@ -283,7 +283,7 @@ def score_head(p, a, h, first, keys, layout, shared, own):
     scaling = Scaling(pointer_to(a.weights, np.int32), p.score_rule, p.ms, LANES, np.int32(p.zs))
     terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
-           Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
+           Groups(shared.int32, at_k + first * k_row, k_row, 1), round_up(keys, ROWS),
            BytePanels(own.uint32, at_q, own.int32, at_sums, WIDTH, q_groups), Part(own.int32, p.at_tiles))
 
 

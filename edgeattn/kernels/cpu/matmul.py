@@ -15,6 +15,7 @@ from .simd import (
     LANES,
     ROWS,
     WIDTH,
+    add_tiles,
     address_of,
     multiply_by_lane,
     multiply_by_lane_ahead,
@@ -34,7 +35,9 @@ from .simd import (
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 _LINE = 16  # elements of four bytes in a cache line
-_LONE_AHEAD = 4096  # how far on weights are brought near by a lone tile, which waits for each of them
+# How far on weights are brought near by a lone tile, which waits for each of them; those of less elements lie in the
+# second cache by themselves, or the processor fetches them from memory as fast.
+_LONE_AHEAD, _MANY = 2048, 1 << 16
 
 
 @register_jitable
@@ -117,9 +120,28 @@ def pace_ahead(rows, tall):
 
 
 @inline
-def distance_ahead(pace, depth):
+def distance_ahead(pace, depth, features):
     """How far on from the beginning of a panel (depth, WIDTH) lies what its first tile brings near."""
-    return _LONE_AHEAD if pace == WIDTH else depth * WIDTH
+    if pace < WIDTH:
+        return depth * WIDTH
+    return _LONE_AHEAD if depth * features >= _MANY else 0
+
+
+@inline
+def multiply_row_ahead(tile, a, at_a, step, b, at_b, depth, at_next):
+    """multiply_ahead() of one row of bytes and all that comes from at_next on, by two chains: sums wait for sums."""
+    if BY_LANE:
+        return multiply_ahead(tile, a, at_a, 0, step, b, at_b, depth, at_next, WIDTH, WIDTH)
+    other = tile_zero(1, COLUMNS, b)
+    for k in range(0, depth - 1, 2):
+        near = pointer_to(address_of(b) + 4 * (at_next + k * WIDTH), np.float32)
+        for line in range(0, 2 * WIDTH, _LINE):
+            prefetch_first(near, line)
+        tile = outer_product(tile, a, at_a + k * step, 0, b, at_b + k * WIDTH)
+        other = outer_product(other, a, at_a + (k + 1) * step, 0, b, at_b + (k + 1) * WIDTH)
+    if depth % 2 != 0:
+        tile = outer_product(tile, a, at_a + (depth - 1) * step, 0, b, at_b + (depth - 1) * WIDTH)
+    return add_tiles(tile, other)
 
 
 @inline

@@ -727,16 +727,19 @@ def test_products_of_a_row_by_halves_of_its_bytes(x, w):
 
 
 @njit(error_model="numpy")
-def _one_row(across, out, packed):
+def _one_row(across, out, packed, twice):
     row = simd.tile_of_columns(1, COLUMNS, across, 1)
+    simd.tile_store(simd.add_tiles(row, simd.tile_of_columns(1, COLUMNS, across, 0)), twice, 0, WIDTH, N)
     simd.tile_store(simd.tile_pack_rows(row, np.int32(5), np.int32(-0x7f7f7f80)), packed, 0, WIDTH, N)
     out[0] = simd.tile_rows(row)
     out[1] = simd.tile_rows(simd.tile_of_columns(3, COLUMNS, across, 1))
 
 
 def test_a_row_alone_is_all_four_bytes():
-    across, rows, packed = np.arange(WIDTH + 1, dtype=np.int32), np.zeros(2, np.int64), np.zeros(WIDTH, np.int32)
-    _one_row(across, rows, packed)
+    across, rows = np.arange(WIDTH + 1, dtype=np.int32), np.zeros(2, np.int64)
+    packed, twice = np.zeros((2, WIDTH), np.int32)
+    _one_row(across, rows, packed, twice)
+    np.testing.assert_array_equal(twice, across[1:] + across[:-1])
     np.testing.assert_array_equal(rows, [1, 3])
     np.testing.assert_array_equal(packed.view(np.uint8).reshape(WIDTH, 4).T,
                                   [(across[1:] + 5).astype(np.uint8) ^ 0x80] * 4)

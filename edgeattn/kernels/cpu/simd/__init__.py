@@ -67,6 +67,7 @@ from .tile import (
     ROWS,
     WIDTH,
     Tile,
+    add_tiles,
     outer_product,
     rank_steps,
     steps,

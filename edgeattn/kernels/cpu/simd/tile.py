@@ -107,6 +107,17 @@ def tile_add(typing, t, array, at, row_step, column_step):
 
 
 @intrinsic
+def add_tiles(typing, t, u):
+    """t[i][j] + u[i][j], int32"""
+    def generate(context, builder, sig, args):
+        out = args[0]
+        for k in range(t.rows * t.columns):
+            out = builder.insert_value(out, builder.add(*[builder.extract_value(tile, k) for tile in args]), k)
+        return out
+    return t(t, u), generate
+
+
+@intrinsic
 def tile_add_to(typing, t, array, at):
     """array[at + j * LANES + l] += sum over i of t[i][j][l]"""
     def generate(context, builder, sig, args):
