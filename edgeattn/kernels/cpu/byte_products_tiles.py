@@ -33,10 +33,11 @@ def _multiply(tile, x, t, panels, f, at_next, pace, most):
 
 @inline
 def _multiply_tall(tile, x, t, panels, f, at_next, pace):
-    """_multiply() of ROWS rows."""
-    if pace == WIDTH:
-        return _multiply(tile, x, t, panels, f, at_next, pace, WIDTH)
-    return _multiply(tile, x, t, panels, f, at_next, pace, WIDTH // 2)
+    """_multiply() of ROWS rows, whose products take longer than a lone tile waits."""
+    if pace < WIDTH:
+        return _multiply(tile, x, t, panels, f, at_next, pace, WIDTH // 2)
+    return multiply(tile, x.data, x.at + t * x.row, x.row, x.step, panels.data, panels.at + f * panels.depth4,
+                    panels.depth4)
 
 
 @inline

@@ -20,7 +20,7 @@ from edgeattn.runtime.compiler import NamedTuple, inline, task
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .int8_operands import FLIP
 from .int8_views import Groups
-from .matmul import distance_ahead, multiply_ahead, multiply_row_ahead, pace_ahead, round_up
+from .matmul import distance_ahead, multiply, multiply_ahead, multiply_row_ahead, pace_ahead, round_up
 from .norm import NO_NORM, normalize_row, read_row
 from .one_row import multiply_row
 from .simd import (
@@ -249,8 +249,10 @@ def multiply_tile(tile, t, f, m, x, w, out, at_next, pace, most):
     if AS_WORDS:
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
-    else:
+    elif pace > 0:
         tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace, most)
+    else:
+        tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
     finish_tile(tile, t, f, m, x, out)
 
 
@@ -275,10 +277,7 @@ def product_of_bytes(m, x, rows, w, features, out):
             left = rows - t
             if left >= ROWS:
                 tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                if pace == WIDTH:
-                    multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
-                else:
-                    multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH // 2)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace if pace < WIDTH else 0, WIDTH // 2)
                 at_next += pace * x.groups4
                 t += ROWS
             elif left >= 4:

@@ -35,9 +35,9 @@ from .simd import (
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 _LINE = 16  # elements of four bytes in a cache line
-# How far on weights are brought near by a lone tile, which waits for each of them; those of less elements lie in the
-# second cache by themselves, or the processor fetches them from memory as fast.
-_LONE_AHEAD, _MANY = 2048, 1 << 16
+# How far on weights are brought near by a lone tile, which waits for each of them: near enough that the processor still
+# sees for itself what comes from memory. Less elements than so many lie in the second cache, which needs no hints.
+_LONE_AHEAD, _MANY = 256, 1 << 16
 
 
 @register_jitable
