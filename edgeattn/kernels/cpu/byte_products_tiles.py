@@ -2,7 +2,7 @@
 
 from edgeattn.runtime.compiler import inline
 
-from .matmul import distance_ahead, multiply, multiply_ahead, multiply_row_ahead, pace_ahead
+from .matmul import multiply, multiply_ahead, multiply_row_ahead, pace_ahead, pace_of_row
 from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_of_columns, tile_store, tile_zero
 
 DEPTH_STEP = 1
@@ -25,34 +25,28 @@ def linear(finish, arguments, x, tokens, panels, tiles):
 
 
 @inline
-def _multiply(tile, x, t, panels, f, at_next, pace, most):
+def _multiply(tile, x, t, panels, f, at_next, pace):
     """tile + x w^T: as many rows of x from t on as the tile has, and the features of a panel; see multiply_ahead."""
-    return multiply_ahead(tile, x.data, x.at + t * x.row, x.row, x.step, panels.data, panels.at + f * panels.depth4,
-                          panels.depth4, at_next, pace, most)
-
-
-@inline
-def _multiply_tall(tile, x, t, panels, f, at_next, pace):
-    """_multiply() of ROWS rows, whose products take longer than a lone tile waits."""
-    if pace < WIDTH:
-        return _multiply(tile, x, t, panels, f, at_next, pace, WIDTH // 2)
-    return multiply(tile, x.data, x.at + t * x.row, x.row, x.step, panels.data, panels.at + f * panels.depth4,
-                    panels.depth4)
+    at_x, at_panel = x.at + t * x.row, panels.at + f * panels.depth4
+    if pace > 0:
+        return multiply_ahead(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4, at_next, pace,
+                              WIDTH // 2)
+    return multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
 
 
 @inline
 def linear_ahead(finish, arguments, x, tokens, panels, tiles):
-    """The last tile has half the rows where those are enough."""
+    """Tile by tile; the last one has half the rows where those are enough."""
     bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
     for f in range(0, panels.features, WIDTH):
-        t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4, panels.features)
+        t, at_next = 0, panels.at + (f + WIDTH) * panels.depth4
         while t < tokens:
             if _HALF < ROWS and tokens - t <= _HALF:
                 tile = tile_of_columns(_HALF, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, pace, WIDTH), t, f, *arguments)
+                finish(_multiply(tile, x, t, panels, f, at_next, 0), t, f, *arguments)
             else:
                 tile = tile_of_columns(ROWS, COLUMNS, bias, at_bias + f)
-                finish(_multiply_tall(tile, x, t, panels, f, at_next, pace), t, f, *arguments)
+                finish(_multiply(tile, x, t, panels, f, at_next, pace), t, f, *arguments)
                 at_next += pace * panels.depth4
             t += ROWS
 
@@ -61,31 +55,32 @@ def linear_ahead(finish, arguments, x, tokens, panels, tiles):
 def row_product(finish, arguments, x, tokens, panels, tiles):
     """Tile by tile; the last ones have as many rows as are left: four, and then three, two or one."""
     bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
+    of_row = pace_of_row(panels.depth4, panels.features) if tokens == 1 else 0
     for f in range(0, panels.features, WIDTH):
-        t, at_next = 0, panels.at + f * panels.depth4 + distance_ahead(pace, panels.depth4, panels.features)
+        t, at_next = 0, panels.at + (f + WIDTH) * panels.depth4
         while t < tokens:
             left = tokens - t
             if left >= ROWS:
                 tile = tile_of_columns(ROWS, COLUMNS, bias, at_bias + f)
-                finish(_multiply_tall(tile, x, t, panels, f, at_next, pace), ROWS, t, f, *arguments)
+                finish(_multiply(tile, x, t, panels, f, at_next, pace), ROWS, t, f, *arguments)
                 at_next += pace * panels.depth4
                 t += ROWS
             elif left >= 4:
                 tile = tile_of_columns(4, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, pace, WIDTH), 4, t, f, *arguments)
+                finish(_multiply(tile, x, t, panels, f, at_next, 0), 4, t, f, *arguments)
                 t += 4
             elif left == 3:
                 tile = tile_of_columns(3, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, pace, WIDTH), 3, t, f, *arguments)
+                finish(_multiply(tile, x, t, panels, f, at_next, 0), 3, t, f, *arguments)
                 t += 3
             elif left == 2:
                 tile = tile_of_columns(2, COLUMNS, bias, at_bias + f)
-                finish(_multiply(tile, x, t, panels, f, at_next, pace, WIDTH), 2, t, f, *arguments)
+                finish(_multiply(tile, x, t, panels, f, at_next, 0), 2, t, f, *arguments)
                 t += 2
             else:
                 tile = tile_of_columns(1, COLUMNS, bias, at_bias + f)
                 tile = multiply_row_ahead(tile, x.data, x.at + t * x.row, x.step, panels.data,
-                                          panels.at + f * panels.depth4, panels.depth4, at_next)
+                                          panels.at + f * panels.depth4, panels.depth4, of_row)
                 finish(tile, 1, t, f, *arguments)
                 t += 1
 

@@ -20,7 +20,7 @@ from edgeattn.runtime.compiler import NamedTuple, inline, task
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .int8_operands import FLIP
 from .int8_views import Groups
-from .matmul import distance_ahead, multiply, multiply_ahead, multiply_row_ahead, pace_ahead, round_up
+from .matmul import multiply, multiply_ahead, multiply_row_ahead, pace_ahead, round_up
 from .norm import NO_NORM, normalize_row, read_row
 from .one_row import multiply_row
 from .simd import (
@@ -242,28 +242,28 @@ def finish_tile(tile, t, f, m, x, out):
 
 
 @inline
-def multiply_tile(tile, t, f, m, x, w, out, at_next, pace, most):
-    """A tile, plus x w^T, finished; meanwhile weights from at_next on come near, see multiply_ahead."""
+def multiply_tile(tile, t, f, m, x, w, out, at_next, pace):
+    """A tile, plus x w^T, finished; of weights from at_next on, `pace` elements for each depth are brought near."""
     groups4 = x.groups4
     at_x, at_w = x.at + t * groups4 * WORDS, w.at + f * groups4
     if AS_WORDS:
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
     elif pace > 0:
-        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace, most)
+        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace,
+                              WIDTH // 2)
     else:
         tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
     finish_tile(tile, t, f, m, x, out)
 
 
 @inline
-def multiply_tile_of_row(tile, t, f, m, x, w, out, at_next):
+def multiply_tile_of_row(tile, t, f, m, x, w, out):
     """multiply_tile() of one row."""
     if AS_WORDS:
-        multiply_tile(tile, t, f, m, x, w, out, at_next, 0, WIDTH)
+        multiply_tile(tile, t, f, m, x, w, out, 0, 0)
     else:
-        tile = multiply_row_ahead(tile, m.u, x.at + t * x.groups4, 1, m.weights, w.at + f * x.groups4, x.groups4,
-                                  at_next)
+        tile = multiply_row_ahead(tile, m.u, x.at + t * x.groups4, 1, m.weights, w.at + f * x.groups4, x.groups4, 0)
         finish_tile(tile, t, f, m, x, out)
 
 
@@ -272,29 +272,29 @@ def product_of_bytes(m, x, rows, w, features, out):
     """product_rows() of bytes, or of words as they are."""
     at_minus, at_c, pace = x.at_minus, w.at_c, pace_ahead(rows, ROWS)
     for f in range(0, features, WIDTH):
-        t, at_next = 0, w.at + f * x.groups4 + distance_ahead(pace, x.groups4, features)
+        t, at_next = 0, w.at + (f + WIDTH) * x.groups4
         while t < rows:
             left = rows - t
             if left >= ROWS:
                 tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace if pace < WIDTH else 0, WIDTH // 2)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace)
                 at_next += pace * x.groups4
                 t += ROWS
             elif left >= 4:
                 tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 4
             elif left == 3:
                 tile = tile_of_products(3, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 3
             elif left == 2:
                 tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out, at_next, pace, WIDTH)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 2
             else:
                 tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile_of_row(tile, t, f, m, x, w, out, at_next)
+                multiply_tile_of_row(tile, t, f, m, x, w, out)
                 t += 1
 
 

@@ -113,30 +113,29 @@ multiply, multiply_ahead = ((multiply_by_lane, _multiply_by_lane_ahead) if BY_LA
 def pace_ahead(rows, tall):
     """How much of the next panel each tile of `tall` rows brings near for each depth: evenly, threads share memory.
 
-    WIDTH where one tile passes, which reads panel after panel.
+    Nothing where one tile passes: it reads panel after panel, which the processor sees for itself.
     """
     tiles = (rows + tall - 1) // tall
-    return (WIDTH + tiles - 1) // tiles
+    return (WIDTH + tiles - 1) // tiles if tiles > 1 else 0
 
 
 @inline
-def distance_ahead(pace, depth, features):
-    """How far on from the beginning of a panel (depth, WIDTH) lies what its first tile brings near."""
-    if pace < WIDTH:
-        return depth * WIDTH
-    return _LONE_AHEAD if depth * features >= _MANY else 0
+def pace_of_row(depth, features):
+    """How much a lone row brings near for each depth, of what comes LONE_AHEAD elements on."""
+    return WIDTH if depth * features >= _MANY else 0
 
 
 @inline
-def multiply_row_ahead(tile, a, at_a, step, b, at_b, depth, at_next):
-    """multiply_ahead() of one row of bytes and all that comes from at_next on, by two chains: sums wait for sums."""
+def multiply_row_ahead(tile, a, at_a, step, b, at_b, depth, pace):
+    """multiply() of one row of bytes, whose sums wait for sums: by two chains; pace: that of `pace_of_row`."""
     if BY_LANE:
-        return multiply_ahead(tile, a, at_a, 0, step, b, at_b, depth, at_next, WIDTH, WIDTH)
+        return multiply_ahead(tile, a, at_a, 0, step, b, at_b, depth, at_b + _LONE_AHEAD, pace, WIDTH)
     other = tile_zero(1, COLUMNS, b)
     for k in range(0, depth - 1, 2):
-        near = pointer_to(address_of(b) + 4 * (at_next + k * WIDTH), np.float32)
-        for line in range(0, 2 * WIDTH, _LINE):
-            prefetch_first(near, line)
+        if pace > 0:
+            near = pointer_to(address_of(b) + 4 * (at_b + _LONE_AHEAD + k * pace), np.float32)
+            for line in range(0, 2 * WIDTH, _LINE):
+                prefetch_first(near, line)
         tile = outer_product(tile, a, at_a + k * step, 0, b, at_b + k * WIDTH)
         other = outer_product(other, a, at_a + (k + 1) * step, 0, b, at_b + (k + 1) * WIDTH)
     if depth % 2 != 0:

@@ -5,7 +5,7 @@ A row gives the same sums as among others, integers without rounding.
 from edgeattn.runtime.compiler import inline
 
 from .byte_products import linear_ahead
-from .matmul import distance_ahead, multiply_row_ahead
+from .matmul import multiply_row_ahead, pace_of_row
 from .simd import (
     COLUMNS,
     HALVES_DEPTH,
@@ -20,10 +20,10 @@ _NEAR = 32 * WIDTH  # how far ahead weights are brought near
 
 
 @inline
-def multiply_row(tile, x, panels, at_panel, depth4, ahead):
+def multiply_row(tile, x, panels, at_panel, depth4, pace):
     """tile (1, COLUMNS) + x w^T of the features of a panel (depth4, WIDTH); x: Groups of one row, unsigned bytes.
 
-    ahead: how far on weights are brought near, as distance_ahead() says.
+    pace: as `multiply_row_ahead` has it.
     """
     if IN_HALVES:
         whole = depth4 // HALVES_DEPTH * HALVES_DEPTH
@@ -35,7 +35,7 @@ def multiply_row(tile, x, panels, at_panel, depth4, ahead):
         for k in range(whole, depth4):
             tile = add_row_products(tile, 1, x.data, x.at + k * x.step, x.step, panels, at_panel + k * WIDTH)
         return tile
-    return multiply_row_ahead(tile, x.data, x.at, x.step, panels, at_panel, depth4, at_panel + ahead)
+    return multiply_row_ahead(tile, x.data, x.at, x.step, panels, at_panel, depth4, pace)
 
 
 @inline
@@ -43,7 +43,7 @@ def row_times_panel(x, panels, f):
     """A tile (1, COLUMNS) of x w^T + bias, the features from f on; panels: BytePanels."""
     tile = tile_of_columns(1, COLUMNS, panels.bias, panels.at_bias + f)
     return multiply_row(tile, x, panels.data, panels.at + f * panels.depth4, panels.depth4,
-                        distance_ahead(WIDTH, panels.depth4, panels.features))
+                        pace_of_row(panels.depth4, panels.features))
 
 
 @inline
