@@ -53,8 +53,8 @@ else:
 # DEPTH_STEP: what the depth of a product must be a multiple of, in groups of four bytes; ROW_STEP: rows written at once
 READ_AHEAD = 2 * MATRIX_ROWS  # rows that a product may read past the last one
 
-__all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "linear_ahead", "lane_product",
-           "linear", "pack_byte_panels", "row_product"]
+__all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "lane_product", "linear",
+           "linear_ahead", "pack_byte_panels", "row_product"]
 
 
 def pack_byte_panels(weight):
