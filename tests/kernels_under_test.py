@@ -8,6 +8,7 @@ from edgeattn.kernels.cpu.byte_products import linear
 from edgeattn.kernels.cpu.int8_operands import FLIP
 from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
+from edgeattn.kernels.cpu.one_row import linear_of_tokens
 from edgeattn.kernels.cpu.requantize import encode
 from edgeattn.kernels.cpu.simd import (
     LANES,
@@ -90,6 +91,15 @@ def apply_linear(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
     matrix_configure(tiles, 0)
     linear(_keep_tile, (out, features), Groups(x, 0, x_row, 1), tokens, BytePanels(panels, 0, bias, 0, features, depth4),
            Part(tiles, 0))
+    matrix_release()
+
+
+@njit(error_model="numpy")
+def apply_linear_ahead(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
+    """The same of weights, which are brought near."""
+    matrix_configure(tiles, 0)
+    linear_of_tokens(_keep_tile, (out, features), Groups(x, 0, x_row, 1), tokens,
+                     BytePanels(panels, 0, bias, 0, features, depth4), Part(tiles, 0))
     matrix_release()
 
 

@@ -47,6 +47,7 @@ class Queries(NamedTuple):
     """Bytes (depth4, W) plus LANE_SHIFT from data[at] on, depth4 a multiple of DEPTH_STEP; scales (W,), float32.
 
     The scales are in units of log 2. count: lanes with queries; nothing is found for vectors without any.
+    alone: whether there is one, whose context is a row, of whole vectors.
     """
 
     data: object
@@ -55,6 +56,7 @@ class Queries(NamedTuple):
     scales: object
     at_scales: int
     count: int
+    alone: bool
 
 
 class Keys(NamedTuple):
@@ -110,8 +112,8 @@ class Block(NamedTuple):
 
 @register_jitable
 def values_row(S):
-    """Elements of a row of values, one feature's bytes of all keys."""
-    return round_up(S, 64) // 4
+    """Elements of a row of values, one feature's bytes of all keys: whole vectors of them, and depths of products."""
+    return round_up(S, max(4 * DEPTH_STEP, LANES)) // 4
 
 
 @register_jitable
@@ -310,11 +312,26 @@ def weigh_block(queries, values, block, masked, stats, p, own):
 
 @inline
 def context_block(queries, values, block, rows, stats, p, own, at_out):
-    """Add probabilities times values to the context, out (rows, W); the last block's divided by the sum."""
+    """Add probabilities times values to the context, out (rows, W); the last block's divided by the sum.
+
+    Of a query that is alone out (rows,).
+    """
     at_scores, groups = p.at_scores, (block.keys + 3) // 4
     at_v = values.at + block.s0 // 4
     lane_product(True, Rows(values.data, at_v, values.step), rows, Part(own.uint32, p.at_probabilities),
                  round_up(groups, DEPTH_STEP), Part(own.int32, at_scores))
+    if queries.alone:
+        for d in range(rows):
+            lacking = lacking_sum(values.data, at_v + d * values.step, groups)
+            own.int32[at_scores + d] = own.int32[at_scores + d * WIDTH] + lacking
+        for d in range(0, rows, LANES):
+            context = to_float(load(own.int32, at_scores + d)) * broadcast(own.float32, stats.factor)
+            if not block.is_first:
+                context = fma(load(own.float32, at_out + d), broadcast(own.float32, stats.new_top), context)
+            if block.is_last:
+                context = context * broadcast(own.float32, stats.total)
+            store(own.float32, at_out + d, context)
+        return
     for d in range(rows):
         lacking = lacking_sum(values.data, at_v + d * values.step, groups)
         for c in range(0, queries.count, LANES):
@@ -330,8 +347,9 @@ def context_block(queries, values, block, rows, stats, p, own, at_out):
 
 @inline
 def attend_bytes(queries, keys, values, rows, seen, mask, has_bias, p, own, at_out):
-    """Attention of one head for W queries over the keys seen.first..last, the first a multiple of 4: out (rows, W).
+    """Attention of one head for W queries over the keys seen.first..last, the first a multiple of 4.
 
+    out: as in `context_block`.
     seen: Visible; mask: ScoreMask, as fill_mask writes them.
     p: says where scratch is: scores (KEY_BLOCK or `rows`, and ROW_STEP, W), probabilities (KEY_BLOCK / 4, W), stats
     (6, W), dither (KEY_BLOCK,)
@@ -342,7 +360,7 @@ def attend_bytes(queries, keys, values, rows, seen, mask, has_bias, p, own, at_o
     for i in range(0, WIDTH, LANES):
         store(own.float32, stats.new_shift + i, splat(_ZERO))
     if first >= last:
-        for i in range(at_out, at_out + rows * WIDTH, LANES):
+        for i in range(at_out, at_out + rows * (1 if queries.alone else WIDTH), LANES):
             store(own.float32, i, splat(_ZERO))
     s0, count = first, 0
     while s0 < last:

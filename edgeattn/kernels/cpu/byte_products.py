@@ -5,6 +5,8 @@
         x : Groups of `tokens` rows, or as many more as make a multiple of ROWS; `panels` : BytePanels of w and bias, as
         `pack_byte_panels` leaves w; tiles : Part, TILES_SCRATCH elements.  Where DEPTH_STEP is not 1, x.step is 1,
         the depth a multiple of it, and x holds a multiple of 16 rows.
+    linear_ahead(finish, arguments, x, tokens, panels, tiles)
+        The same of weights, which are brought near before they are needed; the last tile may have ROWS / 2 rows.
     row_product(finish, arguments, x, tokens, panels, tiles)
         The same with finish(tile, rows, t, f, *arguments), where a tile has `rows` rows, a constant: in registers as
         many as are left at the end, so that few tokens cost little; by the matrix unit ROWS, the last past the tokens.
@@ -33,6 +35,7 @@ if ISA.amx:
         digit_products,
         lane_product,
         linear,
+        linear_ahead,
         row_product,
     )
 else:
@@ -43,6 +46,7 @@ else:
         digit_products,
         lane_product,
         linear,
+        linear_ahead,
         row_product,
     )
 
@@ -50,7 +54,7 @@ else:
 READ_AHEAD = 2 * MATRIX_ROWS  # rows that a product may read past the last one
 
 __all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_products", "lane_product", "linear",
-           "pack_byte_panels", "row_product"]
+           "linear_ahead", "pack_byte_panels", "row_product"]
 
 
 def pack_byte_panels(weight):

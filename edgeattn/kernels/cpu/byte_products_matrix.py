@@ -79,6 +79,9 @@ def linear(finish, arguments, x, tokens, panels, tiles):
             f += WIDTH
 
 
+linear_ahead = linear
+
+
 @inline
 def _finish_rows(tile, t, f, arguments, finish):
     finish(tile, ROWS, t, f, *arguments)

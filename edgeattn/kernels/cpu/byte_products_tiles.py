@@ -2,12 +2,13 @@
 
 from edgeattn.runtime.compiler import inline
 
-from .matmul import multiply, multiply_ahead, pace_ahead
+from .matmul import multiply, multiply_ahead, multiply_row_ahead, pace_ahead, pace_of_row
 from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_add_columns, tile_of_columns, tile_store, tile_zero
 
 DEPTH_STEP = 1
 ROW_STEP = ROWS
 TILES_SCRATCH = 0
+_HALF = ROWS // 2 if ROWS % 8 == 0 else ROWS  # rows of a tile that is the last: whole groups of four
 _DIGITS = 3
 _TWO = 2 * _DIGITS
 
@@ -24,13 +25,14 @@ def linear(finish, arguments, x, tokens, panels, tiles):
 
 
 @inline
-def product_of_rows(step, arguments, rows, features, at_panels, depth4, like):
+def product_of_rows(step, step_of_row, arguments, rows, features, at_panels, depth4, like):
     """step(tile, rows, t, f, at_next, pace, *arguments) for every tile, zeros of the dtype of `like`, of a product.
 
-    The last ones have as many rows as are left: four, and then three, two or one. Meanwhile a step brings near what of
-    the panels, which begin at at_panels, lies at at_next: see multiply_ahead.
+    The last ones have as many rows as are left: four, and then three, two or one, which is step_of_row's. Meanwhile a
+    step brings near what of the panels, which begin at at_panels, lies at at_next: see multiply_ahead; a lone row what
+    lies ahead of it: see multiply_row_ahead.
     """
-    pace = pace_ahead(rows, ROWS)
+    pace, pace_alone = pace_ahead(rows, ROWS), pace_of_row(depth4, features) if rows == 1 else 0
     for f in range(0, features, WIDTH):
         t, at_next = 0, at_panels + (f + WIDTH) * depth4
         while t < rows:
@@ -49,7 +51,7 @@ def product_of_rows(step, arguments, rows, features, at_panels, depth4, like):
                 step(tile_zero(2, COLUMNS, like), 2, t, f, at_next, 0, *arguments)
                 t += 2
             else:
-                step(tile_zero(1, COLUMNS, like), 1, t, f, at_next, 0, *arguments)
+                step_of_row(tile_zero(1, COLUMNS, like), 1, t, f, at_next, pace_alone, *arguments)
                 t += 1
 
 
@@ -70,10 +72,35 @@ def _row_step(tile, rows, t, f, at_next, pace, x, panels, finish, arguments):
 
 
 @inline
+def _lone_row_step(tile, rows, t, f, at_next, pace, x, panels, finish, arguments):
+    tile = tile_add_columns(tile, panels.bias, panels.at_bias + f)
+    tile = multiply_row_ahead(tile, x.data, x.at + t * x.row, x.step, panels.data, panels.at + f * panels.depth4,
+                              panels.depth4, pace)
+    finish(tile, 1, t, f, *arguments)
+
+
+@inline
 def row_product(finish, arguments, x, tokens, panels, tiles):
     """Tile by tile, as finished."""
-    product_of_rows(_row_step, (x, panels, finish, arguments), tokens, panels.features, panels.at, panels.depth4,
-                    panels.bias)
+    product_of_rows(_row_step, _lone_row_step, (x, panels, finish, arguments), tokens, panels.features, panels.at,
+                    panels.depth4, panels.bias)
+
+
+@inline
+def linear_ahead(finish, arguments, x, tokens, panels, tiles):
+    """Tile by tile; the last one has half the rows where those are enough."""
+    pace = pace_ahead(tokens, ROWS)
+    for f in range(0, panels.features, WIDTH):
+        t, at_panel, at_next = 0, panels.at + f * panels.depth4, panels.at + (f + WIDTH) * panels.depth4
+        while t < tokens:
+            if _HALF < ROWS and tokens - t <= _HALF:
+                tile = tile_of_columns(_HALF, COLUMNS, panels.bias, panels.at_bias + f)
+                finish(multiply_near(tile, x, t, panels.data, at_panel, panels.depth4, at_next, 0), t, f, *arguments)
+            else:
+                tile = tile_of_columns(ROWS, COLUMNS, panels.bias, panels.at_bias + f)
+                finish(multiply_near(tile, x, t, panels.data, at_panel, panels.depth4, at_next, pace), t, f, *arguments)
+                at_next += pace * panels.depth4
+            t += ROWS
 
 
 @inline

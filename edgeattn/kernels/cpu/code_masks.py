@@ -27,17 +27,20 @@ class Seen(NamedTuple):
 
 @inline
 def fill_drop_mask(masks, keep, padding, h, seen):
-    """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
+    """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen.
+
+    Lanes without a query keep any.
+    """
     at_keep = keep.at + h * keep.head + seen.q0 * keep.row
     for g in range(seen.groups):
-        for q in range(WIDTH):
+        for q in range(seen.queries):
             word = np.uint32(0)
             for j in range(4):
                 s = seen.first + 4 * g + j
                 is_seen = s < seen.last
                 if seen.band and not (seen.low <= s - seen.q0 - q <= seen.high):
                     is_seen = False
-                at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
+                at = at_keep + q * keep.row + s * keep.key
                 if is_seen and keep.given and keep.data[at] == 0:
                     is_seen = False
                 if is_seen and padding.given and padding.data[padding.at + s] == 0:

@@ -117,9 +117,9 @@ def depth_groups(E):
 
 @inline
 def quantize_rows(x, E, tokens, rows, flip, out, scales, own, at_inverse, at_tail):
-    """`tokens` rows of x to bytes (rows, depth_groups(E)) in the order of `join_bytes`, and their scales; others are 0.
+    """`tokens` rows of x to bytes (tokens, depth_groups(E)) in the order of `join_bytes`, and scales (rows,), others 0.
 
-    x, out, scales: Parts; rows a multiple of LANES; scales (rows,); own: Scratch, inverse (rows,), tail (STEP,)
+    x, out, scales: Parts; rows a multiple of LANES; own: Scratch, inverse (rows,), tail (STEP,)
     """
     E4 = depth_groups(E)
     whole = E // STEP * STEP
@@ -141,14 +141,12 @@ def quantize_rows(x, E, tokens, rows, flip, out, scales, own, at_inverse, at_tai
         if whole < E:
             copy_tail(x.data, x.at + t * E, whole, E, own.float32, at_tail)
             join_row(own.float32, at_tail, STEP, inverse, flip, out.data, out.at + t * E4 + whole // 4)
-    for i in range(out.at + tokens * E4, out.at + rows * E4, LANES):
-        store(out.data, i, splat(flip))
 
 
 @inline
-def turn(source, at, rows, columns, target, at_target):
-    """target (columns, rows) = source (rows, columns)^T, 32-bit elements, both multiples of LANES."""
-    for j in range(0, columns, LANES):
+def turn(source, at, rows, columns, count, target, at_target):
+    """target (columns, rows) = source (rows, columns)^T, 32-bit elements, both multiples of LANES; `count` columns."""
+    for j in range(0, count, LANES):
         for i in range(0, rows, LANES):
             transpose_block(source, at + i * columns + j, columns, target, at_target + j * rows + i, rows)
 
@@ -203,13 +201,13 @@ def quantize_keys(x, rows, count, out, scales, terms):
 
 
 @inline
-def unit_of(sizes, at, seen, at_seen):
-    """The power of two up to which the largest of a block's sizes (TOKENS,) that are seen, and finite, goes; 1 of none.
+def unit_of(sizes, at, seen, at_seen, tokens):
+    """The power of two up to which the largest of some tokens' sizes that are seen, and finite, goes; 1 of none.
 
     What their head's values are measured in: not below _SMALLEST_UNIT, which leaves a quotient by a sum a float32.
     """
     best = _ZERO
-    for s in range(TOKENS):
+    for s in range(tokens):
         size = sizes[at + s]
         if seen[at_seen + s] != 0 and best < size < _INFINITY:
             best = size

@@ -173,7 +173,7 @@ def project_values(projection, heads, t, blocks, tokens, smoothing, p, a, shared
             at_head, token = p.at_rows + (h - heads.first) * size, h * S_up + t
             if smoothing:
                 own.float32[p.at_weights] = first_lane(largest_of_head(own.float32, at_head, size))
-                shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+                shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen, 1)
             quantize_value(own.float32, at_head, size, shared.float32[p.at_units + h], own, p.at_scores,
                            Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t, 4 * row4),
                            Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
@@ -183,7 +183,7 @@ def project_values(projection, heads, t, blocks, tokens, smoothing, p, a, shared
             for s in range(0, tokens, LANES):
                 at = p.at_scores + s // WIDTH * step + s % WIDTH
                 store(own.float32, p.at_weights + s, largest_rows(own.float32, at, size))
-            shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+            shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen, tokens)
         for b in range(blocks):
             token = h * S_up + t + b * WIDTH
             to = Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t + b * WIDTH, 4 * row4)

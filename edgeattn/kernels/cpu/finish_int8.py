@@ -9,7 +9,7 @@ from edgeattn.runtime.compiler import inline
 from .int8_operands import FLIP, add_value_terms
 from .int8_views import block_position
 from .requantize import requantize_tile
-from .simd import LANES, ROWS, WIDTH, tile_add_down, tile_pack_rows, tile_store, tile_store_bytes
+from .simd import LANES, WIDTH, tile_add_down, tile_pack_rows, tile_rows, tile_store, tile_store_bytes
 
 _UNCHANGED = np.int32(0)
 
@@ -62,10 +62,11 @@ def finish_output(tile, l, e, scaling, out, queries, edge):
     """Codes to the rows of out, so many bytes each; a tile that reaches past the edge goes by way of `edge`."""
     tile = scale_features(tile, e, scaling)
     Eo, to = out.row, out.at + l * out.row + e
-    if l + ROWS <= queries and e + WIDTH <= Eo:
+    rows = tile_rows(tile)
+    if l + rows <= queries and e + WIDTH <= Eo:
         tile_store_bytes(tile, out.data, to, Eo, LANES, scaling.zero_point, _UNCHANGED)
     else:
         tile_store_bytes(tile, edge.data, edge.at, WIDTH, LANES, scaling.zero_point, _UNCHANGED)
-        for i in range(min(ROWS, queries - l)):
+        for i in range(min(rows, queries - l)):
             for j in range(min(WIDTH, Eo - e)):
                 out.data[to + i * Eo + j] = edge.data[edge.at + i * WIDTH + j]

@@ -75,7 +75,7 @@ def turn_rows(x, size, tokens, factor, own, at_row_major, at_rows):
             own.float32[at_row_major + t * padded + d] = _ZERO
     for i in range(at_row_major + tokens * padded, at_row_major + WIDTH * padded, LANES):
         store(own.float32, i, splat(_ZERO))
-    turn(own.float32, at_row_major, WIDTH, padded, own.float32, at_rows)
+    turn(own.float32, at_row_major, WIDTH, padded, padded, own.float32, at_rows)
 
 
 @inline
@@ -120,11 +120,12 @@ def value_block(v, head, kv, t, is_first, p, shared, own):
             turn_block(v, head, t, b, Dv, p, own, p.at_rows)
             for c in range(0, WIDTH, LANES):
                 store(own.float32, p.at_weights + b * WIDTH + c, largest_rows(own.float32, p.at_rows + c, Dvp))
-        shared.float32[p.at_units + kv] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+        shared.float32[p.at_units + kv] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen, TOKENS)
     for b in range(BLOCKS):
         at = kv * round_up(p.keys, TOKENS) + t + b * WIDTH
         turn_block(v, head, t, b, Dv, p, own, p.at_rows)
-        quantize_values(Part(own.float32, p.at_rows), Dvp, WIDTH, shared.float32[p.at_units + kv],
+        some = min(max(p.keys - t - b * WIDTH, 0), WIDTH)
+        quantize_values(Part(own.float32, p.at_rows), Dvp, some, shared.float32[p.at_units + kv],
                         Rows(shared.int8, 4 * (p.at_values + kv * Dvp * row) + t + b * WIDTH, 4 * row),
                         Part(shared.float32, p.at_vlog + at), Part(shared.float32, p.at_vinverse + at))
 
@@ -165,13 +166,13 @@ def attend_block(p, a, batch, h, q0, shared, own):
     if masked:
         fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_square)
     at = kv * round_up(S, TOKENS)
-    attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale, queries),
+    attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale, queries, False),
                  Keys(shared.int32, at * K4, K4, p.at_kterm + at, shared.float32, p.at_kscale + at),
                  values_of(kv, Dvp, p, shared), Dvp,
                  Visible(first, last, full_from, full_to, q0, band, p.low, p.high),
                  ScoreMask(own.float32, p.at_masks, first, masked), adds, p, own, p.at_context)
     # 3. rows of the context
-    turn(own.int32, p.at_context, Dv_up, WIDTH, own.int32, p.at_row_major)
+    turn(own.int32, p.at_context, Dv_up, WIDTH, queries, own.int32, p.at_row_major)
     for l in range(queries):
         for d in range(Dv):
             out[(at_row + l) * Dv + d] = own.float32[p.at_row_major + l * Dv_up + d]

@@ -29,6 +29,7 @@ from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import choose_block
 from .matmul import round_up
+from .one_token import quantize_context
 from .portions import entries_alone, heads_at_once, own_memory, portions
 from .positions import POSITIONS
 from .projection_dynamic import Apart, project_rows
@@ -64,6 +65,18 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
 # masks, or 0 of none; keys and values that are kept, or 0 of none; factors, float32, and weights, int32, as the
 # parameters say, and the table of a rotation; all in C order.
 LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "kept factors weights table")
+
+
+@inline
+def is_row(p):
+    """Whether the context of a head is a row, of the one query there is, rather than (Dvp, W)."""
+    return p.queries == 1 and p.padded_value % LANES == 0
+
+
+@inline
+def context_size(p):
+    """Elements of the context of a head."""
+    return p.padded_value if is_row(p) else p.padded_value * WIDTH
 
 
 @inline
@@ -115,27 +128,29 @@ def project_part(p, a, scratch, memory, batch, smoothing, at_once, portion, work
 
 @inline
 def attend_head(h, q0, seen, mask, adds, p, shared, kept, own):
-    """Context (Dvp, W) of a head for a block of queries, in float32."""
+    """Context of a head for a block of queries, in float32; see context_size."""
     H, D4, S_up, Dvp = p.heads, p.padded_head // 4, round_up(p.keys, TOKENS), p.padded_value
     kv = h // (H // p.kv_heads)
     K4, at_head = round_up(p.kv_heads * D4, LANES), p.at_queries + (q0 * H + h * WIDTH) * D4
-    for i in range(0, D4 * WIDTH, LANES):
-        store(own.int32, p.at_q + i, load(shared.int32, at_head + i))
+    for i in range(0, D4 * WIDTH, WIDTH):
+        for c in range(0, min(WIDTH, p.queries - q0), LANES):
+            store(own.int32, p.at_q + i + c, load(shared.int32, at_head + i + c))
     queries = Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), shared.float32,
-                      p.at_qscale + q0 * H + h * WIDTH, min(WIDTH, p.queries - q0))
+                      p.at_qscale + q0 * H + h * WIDTH, min(WIDTH, p.queries - q0), is_row(p))
     keys = Keys(kept.int32, kv * D4, K4, p.at_kterm + kv * S_up, kept.float32, p.at_kscale + kv * S_up)
     values = values_of(kv, Dvp, p, kept)
-    attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * Dvp * WIDTH)
+    attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * context_size(p))
 
 
 @inline
 def write_context(p, a, heads, at_row, queries, own):
     """Some heads of a block's rows of the result, from at_row on, where that is the context."""
-    out, Dv, Dvp, Eo = pointer_to(a.out, np.float32), p.value_size, p.padded_value, p.out_width
+    out, Dv, Eo, size = pointer_to(a.out, np.float32), p.value_size, p.out_width, context_size(p)
+    step = size // p.padded_value
     for h in range(heads.first, heads.first + heads.count):
         for d in range(Dv):
             for l in range(queries):
-                out[at_row + l * Eo + h * Dv + d] = own.float32[p.at_context + (h * Dvp + d) * WIDTH + l]
+                out[at_row + l * Eo + h * Dv + d] = own.float32[p.at_context + h * size + d * step + l]
 
 
 @inline
@@ -147,11 +162,14 @@ def write_rows(p, a, context, at_row, queries, first, features, own):
     out, factors = pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
     C, Eo = p.heads * p.padded_value, p.out_width
     C4 = round_up(C // 4, LANES)
-    for c in range(0, queries, LANES):
-        largest = largest_rows(context.data, context.at + c, C)
-        store(own.float32, p.at_xscale + c, scale_of(largest))
-        pack_rows(context.data, context.at + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
-    turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
+    if is_row(p):
+        quantize_context(context.data, context.at, C, own, p.at_transposed, p.at_xscale)
+    else:
+        for c in range(0, queries, LANES):
+            largest = largest_rows(context.data, context.at + c, C)
+            store(own.float32, p.at_xscale + c, scale_of(largest))
+            pack_rows(context.data, context.at + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
+        turn(own.int32, p.at_context_bytes, C4, WIDTH, queries, own.int32, p.at_transposed)
     output = Projection(pointer_to(a.weights, np.int32), p.wo + first * C4, p.co + first, round_up(Eo, WIDTH), factors,
                         p.so + first, factors, p.bo + first, C4)
     none = Apart(0, own.float32, p.at_apart, factors, 0, 0)
@@ -191,7 +209,7 @@ def attend_part(p, a, scratch, memory, batch, at_once, portion, worker, part):
         elif heads.count == p.heads:
             write_rows(p, a, Part(own.float32, p.at_context), at_row, queries, 0, p.out_width, own)
         else:
-            row = p.padded_value * WIDTH
+            row = context_size(p)
             at = p.at_contexts + block * p.heads * row
             for i in range(heads.first * row, (heads.first + heads.count) * row, LANES):
                 store(shared.float32, at + i, load(own.float32, p.at_context + i))
@@ -208,7 +226,7 @@ def project_output(p, a, scratch, batch, portion, worker, part):
     portions_of_row = (p.out_width + portion - 1) // portion
     q0, first = part // portions_of_row * WIDTH, part % portions_of_row * portion
     matrix_configure(own.int32, p.at_stats)
-    context = Part(shared.float32, p.at_contexts + q0 * p.heads * p.padded_value)
+    context = Part(shared.float32, p.at_contexts + part // portions_of_row * p.heads * context_size(p))
     write_rows(p, a, context, (batch * p.queries + q0) * p.out_width, min(WIDTH, p.queries - q0), first,
                min(portion, p.out_width - first), own)
     matrix_release()

@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .byte_products import DEPTH_STEP, linear
+from .byte_products import DEPTH_STEP, linear, linear_ahead
 from .code_masks import Seen, drop_codes, fill_drop_mask, map_codes
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
 from .int8_operands import (
@@ -125,7 +125,7 @@ def project_queries(p, a, batch, q0, queries, own):
     turns, turn = (1, row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):
-            for l in range(0, WIDTH, LANES):
+            for l in range(0, queries, LANES):
                 transpose_block(own.int32, p.at_row_major + l * row + h * D4 + f, row,
                                 own.int32, p.at_q + (h * turn + f) * WIDTH + l, WIDTH)
         for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
@@ -134,7 +134,7 @@ def project_queries(p, a, batch, q0, queries, own):
 
 @inline
 def score_head(p, a, h, first, keys, layout, shared, own):
-    """Scores of `keys` keys, a multiple of ROWS, from `first` on: codes of four keys to a lane."""
+    """Scores of `keys` keys from `first` on, up to a multiple of ROWS: codes of four keys to a lane."""
     D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
     q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
     at_q = p.at_q + h * q_groups * WIDTH
@@ -151,7 +151,7 @@ def score_head(p, a, h, first, keys, layout, shared, own):
     scaling = Scaling(pointer_to(a.weights, np.int32), p.score_rule, p.ms, LANES, np.int32(p.zs))
     terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
-           Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
+           Groups(shared.int32, at_k + first * k_row, k_row, 1), round_up(keys, ROWS),
            BytePanels(own.uint32, at_q, own.int32, at_sums, WIDTH, q_groups), Part(own.int32, p.at_tiles))
 
 
@@ -219,8 +219,8 @@ def write_rows(p, a, at_row, queries, alone, own):
     else:
         scaling, panels = output_parts(p, a)
         to = Groups(out, at_row, Eo, 1)
-        linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
-               context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
+        linear_ahead(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
+                     context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
 
 
 @inline
@@ -258,7 +258,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
         project_queries(p, a, batch, q0, queries, own)
         first, last, _, _ = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
-        last_up = round_up(last, ROWS)
+        last_up = round_up(last, 4)
         groups = (last_up - first) // 4
         seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last

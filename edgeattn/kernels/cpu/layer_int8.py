@@ -110,7 +110,7 @@ class StaticLayer:
             weights.put("b" + letter, corrected_bias(weight, bias, zero_points[source]))
             weights.put("m" + letter, encode(project_rule, multipliers))
 
-        for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
+        for letter, name, size, wide in (("k", "key", D, Dp), ("v", "value", Dv, Dvp), ("q", "query", D, Dp)):
             weight, real, bias = linears[name]
             depth = weight.shape[1]
             deep = np.zeros((weight.shape[0], 4 * packed_depth(depth)), np.int8)

@@ -4,26 +4,27 @@ A row gives the same sums as among others, integers without rounding.
 """
 from edgeattn.runtime.compiler import inline
 
-from .byte_products import linear
-from .matmul import multiply
+from .byte_products import linear_ahead
+from .matmul import multiply_row_ahead, pace_of_row
 from .simd import (
     COLUMNS,
     HALVES_DEPTH,
     IN_HALVES,
-    ROWS,
     WIDTH,
     add_row_products,
     prefetch,
     tile_of_columns,
-    tile_of_row,
 )
 
 _NEAR = 32 * WIDTH  # how far ahead weights are brought near
 
 
 @inline
-def multiply_row(tile, x, panels, at_panel, depth4):
-    """tile (1, COLUMNS) + x w^T of the features of a panel (depth4, WIDTH); x: Groups of one row, unsigned bytes."""
+def multiply_row(tile, x, panels, at_panel, depth4, pace):
+    """tile (1, COLUMNS) + x w^T of the features of a panel (depth4, WIDTH); x: Groups of one row, unsigned bytes.
+
+    pace: as `multiply_row_ahead` has it.
+    """
     if IN_HALVES:
         whole = depth4 // HALVES_DEPTH * HALVES_DEPTH
         for k in range(0, whole, HALVES_DEPTH):
@@ -34,14 +35,15 @@ def multiply_row(tile, x, panels, at_panel, depth4):
         for k in range(whole, depth4):
             tile = add_row_products(tile, 1, x.data, x.at + k * x.step, x.step, panels, at_panel + k * WIDTH)
         return tile
-    return multiply(tile, x.data, x.at, x.row, x.step, panels, at_panel, depth4)
+    return multiply_row_ahead(tile, x.data, x.at, x.step, panels, at_panel, depth4, pace)
 
 
 @inline
 def row_times_panel(x, panels, f):
     """A tile (1, COLUMNS) of x w^T + bias, the features from f on; panels: BytePanels."""
     tile = tile_of_columns(1, COLUMNS, panels.bias, panels.at_bias + f)
-    return multiply_row(tile, x, panels.data, panels.at + f * panels.depth4, panels.depth4)
+    return multiply_row(tile, x, panels.data, panels.at + f * panels.depth4, panels.depth4,
+                        pace_of_row(panels.depth4, panels.features))
 
 
 @inline
@@ -53,15 +55,15 @@ def product_of_row(finish, arguments, x, panels):
 
 @inline
 def linear_of_row(finish, arguments, x, panels):
-    """byte_products.linear of one row, whose tiles are ROWS times that row."""
+    """byte_products.linear of one row, whose tiles have that row alone."""
     for f in range(0, panels.features, WIDTH):
-        finish(tile_of_row(ROWS, row_times_panel(x, panels, f)), 0, f, *arguments)
+        finish(row_times_panel(x, panels, f), 0, f, *arguments)
 
 
 @inline
 def linear_of_tokens(finish, arguments, x, tokens, panels, tiles):
-    """byte_products.linear, by `linear_of_row` where it is of one token."""
+    """byte_products.linear_ahead, by `linear_of_row` where it is of one token."""
     if tokens == 1:
         linear_of_row(finish, arguments, x, panels)
     else:
-        linear(finish, arguments, x, tokens, panels, tiles)
+        linear_ahead(finish, arguments, x, tokens, panels, tiles)

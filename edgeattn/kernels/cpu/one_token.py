@@ -7,7 +7,7 @@ import numpy as np
 from edgeattn.runtime.compiler import inline
 
 from .dynamic import inverse_of, keep_scale_of_value, maximum_bits, scale_of
-from .int8_operands import LANE_FLIP, store_lane_term
+from .int8_operands import FLIP, LANE_FLIP, store_lane_term
 from .simd import (
     LANES,
     WIDTH,
@@ -53,6 +53,16 @@ def quantize_query(x, at, size, own, at_bytes, out, scales):
     head_to_bytes(x, at, size, inverse_of(largest), own.int8, 4 * at_bytes)
     for d in range(size // 4):
         out.data[out.at + d * WIDTH] = own.int32[at_bytes + d] ^ LANE_FLIP
+
+
+@inline
+def quantize_context(x, at, size, own, at_bytes, at_scale):
+    """A row of the context to the operand of a product, size / 4 elements from at_bytes on, and its scale."""
+    largest = largest_of_head(x, at, size)
+    own.float32[at_scale] = first_lane(scale_of(largest))
+    head_to_bytes(x, at, size, inverse_of(largest), own.int8, 4 * at_bytes)
+    for i in range(at_bytes, at_bytes + size // 4, LANES):
+        store(own.int32, i, load(own.int32, i) ^ splat(FLIP))
 
 
 @inline

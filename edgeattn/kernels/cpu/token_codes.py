@@ -82,7 +82,7 @@ def key_terms(keys, tokens, D4, zero_point, out, square):
 @inline
 def project_codes(p, a, x, E, tokens, to, padded, flip, own):
     """Codes, ^ flip, of at most W tokens of x to p.at_row_major, where rows are so many bytes apart; to: Linear."""
-    rows, depth4 = round_up(tokens, ROWS), packed_depth(E)
+    rows, depth4 = 1 if tokens == 1 else round_up(tokens, ROWS), packed_depth(E)
     features = round_up(p.heads * padded, WIDTH)
     row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
     pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)

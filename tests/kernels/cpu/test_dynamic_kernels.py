@@ -102,7 +102,7 @@ def test_every_token_is_quantized_by_its_own_largest_number(E):
     np.testing.assert_allclose(scales[:tokens], largest / 127, rtol=1e-6)
     inverse = np.float32(127) / np.where(largest > 0, largest, np.float32(1))
     np.testing.assert_array_equal(out.view(np.int8)[:tokens], join_depth(np.rint(x * inverse[:, None]).astype(np.int8)))
-    assert not out[tokens:].any() and not scales[tokens:].any()
+    assert (out[tokens:] == 9).all() and not scales[tokens:].any()  # nothing reads rows that are not there
     x[0, -1] = np.nan
     _quantized_rows(x.ravel(), E, tokens, rows, out.ravel(), scales, np.zeros(rows + STEP, np.int32))
     assert np.isnan(scales[0]) and np.isfinite(scales[1:]).all()

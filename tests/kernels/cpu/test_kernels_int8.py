@@ -11,6 +11,7 @@ from kernels_under_test import (
     SYMMETRIC,
     accumulators,
     apply_linear,
+    apply_linear_ahead,
     make_layer,
     run_cached,
     scaled,
@@ -27,7 +28,8 @@ SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24
           (1, 45, 37, 64, 16, 4, 16, 64),  # whole groups for the matrix unit
           (1, 2, 150, 8, 48, 1, 8, 4),  # heads that fill no whole number of vectors, keys that come in two goes
           (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 6, 9, 4, 35, 5, 7),  # one query, which a cache serves by another kernel
-          (2, 1, 1, 70, 16, 3, 16, 41), (1, 17, 1, 33, 8, 2, 24, 8)]  # one token, and one left in a block of queries
+          (2, 1, 1, 70, 16, 3, 16, 41), (1, 17, 1, 33, 8, 2, 24, 8),  # one token, and one left in a block of queries
+          (1, 4, 12, 36, 16, 2, 16, 70), (1, 12, 3, 33, 8, 2, 8, 32)]  # tiles of half the rows, of each of the two
 
 
 def run(layer, linears, tensors, table, heads, rules, softmax, x, **masks):
@@ -111,6 +113,22 @@ def test_scratch_grows_with_the_keys_and_knows_no_queries():
     # for each key: its codes, those of its value with a head to spare, 12 sums; and for each query of a block a score
     # and a byte of mask
     assert tuple(step // 2048) == (384 + 384 + 32 + 12 * 4, 2 * WIDTH)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 9, 12, 13, 20])
+def test_a_product_of_few_tokens_equals_integer_products(tokens):
+    rng = np.random.default_rng(tokens)
+    for panels, depth4 in ((2, DEPTH_STEP), (1, 5 * DEPTH_STEP), (24, 96), (10, 16)):
+        rows, features = round_up(tokens, 32), panels * WIDTH
+        x = rng.integers(-128, 128, (rows, depth4 * 4)).astype(np.int8)
+        w = rng.integers(-127, 128, (features, depth4 * 4)).astype(np.int8)
+        bias = rng.integers(-10**6, 10**6, features).astype(np.int32)
+        out = np.zeros((rows, features), np.int32)
+        codes = (x.view(np.uint8) ^ (OFFSET and 128)).view(np.uint32).ravel()
+        apply_linear_ahead(codes, depth4, tokens, pack_byte_panels(w), bias, features, depth4, out.ravel(),
+                           np.zeros(max(TILES_SCRATCH, 16), np.int32))
+        exact = (x.astype(int) + OFFSET) @ w.astype(int).T + bias
+        np.testing.assert_array_equal(out[:tokens], exact[:tokens])
 
 
 @pytest.mark.parametrize("name", sorted(RULES))

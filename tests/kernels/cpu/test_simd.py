@@ -727,14 +727,22 @@ def test_products_of_a_row_by_halves_of_its_bytes(x, w):
 
 
 @njit(error_model="numpy")
-def _row_again(across, out):
-    simd.tile_store(simd.tile_of_row(3, simd.tile_of_columns(1, COLUMNS, across, 1)), out, 0, WIDTH, N)
+def _one_row(across, out, packed, twice):
+    row = simd.tile_of_columns(1, COLUMNS, across, 1)
+    simd.tile_store(simd.add_tiles(row, simd.tile_of_columns(1, COLUMNS, across, 0)), twice, 0, WIDTH, N)
+    simd.tile_store(simd.tile_pack_rows(row, np.int32(5), np.int32(-0x7f7f7f80)), packed, 0, WIDTH, N)
+    out[0] = simd.tile_rows(row)
+    out[1] = simd.tile_rows(simd.tile_of_columns(3, COLUMNS, across, 1))
 
 
-def test_rows_of_a_tile_are_one_row():
-    across, out = np.arange(WIDTH + 1, dtype=np.int32), np.zeros((3, WIDTH), np.int32)
-    _row_again(across, out.ravel())
-    np.testing.assert_array_equal(out, [across[1:]] * 3)
+def test_a_row_alone_is_all_four_bytes():
+    across, rows = np.arange(WIDTH + 1, dtype=np.int32), np.zeros(2, np.int64)
+    packed, twice = np.zeros((2, WIDTH), np.int32)
+    _one_row(across, rows, packed, twice)
+    np.testing.assert_array_equal(twice, across[1:] + across[:-1])
+    np.testing.assert_array_equal(rows, [1, 3])
+    np.testing.assert_array_equal(packed.view(np.uint8).reshape(WIDTH, 4).T,
+                                  [(across[1:] + 5).astype(np.uint8) ^ 0x80] * 4)
 
 
 def test_every_operation_has_its_meaning_here():

@@ -54,19 +54,6 @@ def tile_of_columns(typing, rows, columns, array, at):
 
 
 @intrinsic
-def tile_of_row(typing, rows, t):
-    """u[i][j] = t[0][j]"""
-    tile = Tile(t.vec, emit.literal(rows), t.columns)
-
-    def generate(context, builder, sig, args):
-        out = ir.Constant(context.get_value_type(tile), ir.Undefined)
-        for k in range(tile.rows * tile.columns):
-            out = builder.insert_value(out, builder.extract_value(args[1], k % tile.columns), k)
-        return out
-    return tile(rows, t), generate
-
-
-@intrinsic
 def tile_load(typing, rows, columns, array, at, row_step, column_step):
     """t[i][j] = load(array, at + i * row_step + j * column_step)"""
     tile = Tile(OF_ARRAY[array.dtype], emit.literal(rows), emit.literal(columns))
@@ -120,6 +107,17 @@ def tile_add(typing, t, array, at, row_step, column_step):
 
 
 @intrinsic
+def add_tiles(typing, t, u):
+    """t[i][j] + u[i][j], int32"""
+    def generate(context, builder, sig, args):
+        out = args[0]
+        for k in range(t.rows * t.columns):
+            out = builder.insert_value(out, builder.add(*[builder.extract_value(tile, k) for tile in args]), k)
+        return out
+    return t(t, u), generate
+
+
+@intrinsic
 def tile_add_to(typing, t, array, at):
     """array[at + j * LANES + l] += sum over i of t[i][j][l]"""
     def generate(context, builder, sig, args):
@@ -147,6 +145,14 @@ def tile_add_down(typing, t, down, i0):
                 tile = builder.insert_value(tile, builder.add(builder.extract_value(tile, k), row), k)
         return tile
     return t(t, down, types.intp), generate
+
+
+@intrinsic
+def tile_rows(typing, t):
+    """How many rows t has."""
+    def generate(context, builder, sig, args):
+        return ir.Constant(emit.i64, t.rows)
+    return types.intp(t), generate
 
 
 @intrinsic
@@ -393,14 +399,17 @@ def tile_store_bytes(typing, t, array, at, row_step, column_step, zero_point, fl
 
 @intrinsic
 def tile_pack_rows(typing, t, zero_point, flip):
-    """byte r of p[i][j][l] = clamp(t[4 i + r][j][l] + zero_point, -128, 127) ^ byte r of flip"""
-    packed = Tile(I32, t.rows // 4, t.columns)
+    """byte r of p[i][j][l] = clamp(t[4 i + r][j][l] + zero_point, -128, 127) ^ byte r of flip
+
+    of whole fours of rows, or of one row, which is that of all four bytes
+    """
+    packed = Tile(I32, max(t.rows // 4, 1), t.columns)
 
     def generate(context, builder, sig, args):
         out = ir.Constant(context.get_value_type(packed), ir.Undefined)
         for i in range(packed.rows):
             for j in range(packed.columns):
-                four = [builder.extract_value(args[0], (4 * i + r) * t.columns + j) for r in range(4)]
+                four = [builder.extract_value(args[0], min(4 * i + r, t.rows - 1) * t.columns + j) for r in range(4)]
                 bytes_ = emit.transpose_bytes(builder, CODE.pack(builder, four, args[1]))
                 bytes_ = builder.xor(bytes_, emit.splat(builder, args[2], bytes_.type))
                 out = builder.insert_value(out, bytes_, i * packed.columns + j)
