@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -121,6 +122,7 @@ NONE_OF_THESE = 5  # pytest's status where `extra` leaves out all
 TESTED_WITH = "tests", "benchmarks", "examples", "tools", "docs"
 EXPORT = ("import sys, test_bundle; from pathlib import Path; "
           "test_bundle.export_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])")
+STAMP = "from edgeattn.runtime import sources; print(sources.stamp())"
 
 
 class Job(NamedTuple):
@@ -162,6 +164,9 @@ def compile_here(folder: Path, cpus: list[str], tests: Tests) -> Path:
     try:
         if any("libraries" in tests[cpu] for cpu in cpus):
             said([sys.executable, "-m", "quant.export.kernels", libraries, *cpus], folder, **environment)
+            there, = said([sys.executable, "-c", STAMP], tree)
+            if json.loads((libraries / "libraries.json").read_text(encoding="utf-8"))["stamp"] != there:
+                raise SetupError("sources of kernels were edited while they were compiled: run it again")
             step.update("libraries")
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(bundles, cpus))
