@@ -34,6 +34,8 @@ ADVICE = {
     "batches must hold": "DATA must hold",
     "quantize with room_for_masks=True": "quantize with --room-for-masks",
     "any length up to sequence_length": "any length up to --sequence-length",
+    "or equal sequence_length": "or equal --sequence-length",
+    ", as model is": ", as LAYER is",
     "overrides of ranges need a quant.ModelCalibration": "--override of ranges needs CALIBRATION",
     "('percentile', share) with a share from 0 to below 0.5 or (low, high) with low below high":
         "percentile:SHARE with a share from 0 to below 0.5 or LOW:HIGH with low below high",
@@ -51,7 +53,7 @@ ADVICE = {
 
 # Arguments that are options here.
 OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
-           "arithmetic", "scheme", "observer", "room_for_masks", "padding")
+           "arithmetic", "scheme", "observer", "room_for_masks", "padding", "activation", "node")
 
 
 def in_words_of_the_command(message: str) -> str:
@@ -62,6 +64,7 @@ def in_words_of_the_command(message: str) -> str:
     message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
                      lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
     message = re.sub(r"(^|: )layer(?= must )", r"\1LAYER", message)
+    message = re.sub(r"(^|: )quantized(?= must )", r"\1QUANTIZED", message)
     message = re.sub(r"(^|: )path(?= must end in one of )", r"\1OUT", message)
     message = re.sub(r"\boverrides=\{'([^']*)': '(\w+)'\}", r"--override \1=\2", message)
     if message.startswith("--override of "):

@@ -325,7 +325,7 @@ def test_a_layers_comparison_as_json(command):
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
     ("calibrate e.safetensors other.npz -o c.safetensors", "quant: other.npz must hold 'x' and any of 'lengths', 'key_pa"),
     ("calibrate none x.npy -o c.safetensors", "quant: none: No such file or directory\n"),
-    ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
+    ("compare e.safetensors t.safetensors x.npy", "quant: QUANTIZED must be a TransformerEncoder, as LAYER is; got TextEncoder"),
     ("export e.safetensors e.c --sequence-length 9", "make it of the float encoder with `quant calibrate` and `quant quantize --arith"),
     ("export t.safetensors t.tflite --sequence-length 9", "export its encoder, whose inputs are what the embedding gives: of a folder with --part encoder, of a "),
     ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),

@@ -325,6 +325,9 @@ class TextEncoder(Placeable, Stored):
 def _id_array(name: str, ids: Any) -> tuple[NDArray[np.int64], list[int] | None]:
     """Ids (B, L) as int64; of a list of sequences that differ in length, padded with zeros, the lengths too."""
     lengths = None
+    if isinstance(ids, str) or isinstance(ids, (list, tuple)) and any(isinstance(each, str) for each in ids):
+        raise TypeError(f"{name} must be a list of lists of integers, or a (B, L) integer array, got texts, which "
+                        "encode takes")
     if isinstance(ids, (list, tuple)):
         rows = [as_array(f"{name}[{i}]", row) for i, row in enumerate(ids)]
         if any(row.ndim != 1 or row.size and row.dtype.kind not in "iu" for row in rows):

@@ -21,7 +21,7 @@ from quant.export.c import write_c
 from quant.export.c_encoder import write_encoder_c
 from quant.export.c_files import check_beside, write_together
 from quant.export.onnx import OPSETS, write_onnx
-from quant.export.targets import target_named, target_of
+from quant.export.targets import BOARDS, NATIVE, target_named, target_of
 from quant.export.tflite import write_tflite
 from quant.model_calls import MODELS
 
@@ -241,8 +241,8 @@ def _check_layer(layer: Any, path: Path, form: Format, masked: bool) -> None:
 def _check_options(path: Path, form: Format, options: dict[str, Any]) -> None:
     """Raise unless a target is there where it is required, and no option that the format has not."""
     if options["target"] is None and "target" in form.options:
-        raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "
-                         f"missing for {str(path)!r}")
+        raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}, or the "
+                         f"board, one of {', '.join(BOARDS)}, or be {NATIVE!r}; it is missing for {str(path)!r}")
     for name, value in options.items():
         if value is not None and name not in form.options:
             raise ValueError(f"{name} must be left out but for a {_with_option(name)}; got {value!r} for "

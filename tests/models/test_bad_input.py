@@ -113,6 +113,8 @@ def test_a_signal_is_no_error_of_the_tokenizer(monkeypatch):
     ([[1, 2], [3, 50, 1]], ValueError, "vocabulary, got 50 in sequence 1 at token 1; is the tokenizer this model's"),
     ([[2**70]], TypeError, "ids must be a list of lists of integers"),
     ([[1.0]], TypeError, "ids must be a list of lists of integers"),
+    (["a text"], TypeError, r"ids must be a list .*, got texts, which encode takes$"),
+    ("a text", TypeError, r"ids must be a list .*, got texts, which encode takes$"),
     ([["a"]], TypeError, "ids must be a list of lists of integers"),
     ([1, 2], TypeError, "ids must be a list of lists of integers"),
     (np.ones((1, 2), bool), TypeError, "ids must be an integer array, got dtype bool"),

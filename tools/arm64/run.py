@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -88,6 +89,18 @@ LIBRARIES = (
     "tests/files/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
     "tests/files/test_tflite_reader.py::test_reads_a_path",
 )
+# Of these files, what is the same everywhere: refusals, and how much memory is taken, slow under emulation.
+SAME_EVERYWHERE = (
+    "tests/test_functional.py::test_bad_",
+    "tests/layers/test_layers.py::test_bad_",
+    "tests/models/test_encoder.py::test_errors_",
+    "tests/quantized/test_static_encoders.py::test_bad_",
+    "tests/quantized/test_whole_encoders.py::test_bad_",
+    "tests/test_alibi.py::test_no_array_of_all_pairs",
+    "tests/test_long_rows.py::test_strong_keys_take_no_weight_from_many_weak_ones[4096]",
+    "tests/test_long_rows.py::test_strong_keys_take_no_weight_from_many_weak_ones[16384]",
+)
+LIBRARIES += tuple(f"--deselect={test}" for test in SAME_EVERYWHERE)
 # What compiles there; and a whole layer's kernel, which gives what this machine compiled.
 COMPILING = (f"{JIT}second_process_reads_the_cache", f"{JIT}edit_in_another_module_recompiles",
              f"{JIT}code_of_other_types_is_not_run")
@@ -109,6 +122,7 @@ NONE_OF_THESE = 5  # pytest's status where `extra` leaves out all
 TESTED_WITH = "tests", "benchmarks", "examples", "tools", "docs"
 EXPORT = ("import sys, test_bundle; from pathlib import Path; "
           "test_bundle.export_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])")
+STAMP = "from edgeattn.runtime import sources; print(sources.stamp())"
 
 
 class Job(NamedTuple):
@@ -150,6 +164,9 @@ def compile_here(folder: Path, cpus: list[str], tests: Tests) -> Path:
     try:
         if any("libraries" in tests[cpu] for cpu in cpus):
             said([sys.executable, "-m", "quant.export.kernels", libraries, *cpus], folder, **environment)
+            there, = said([sys.executable, "-c", STAMP], tree)
+            if json.loads((libraries / "libraries.json").read_text(encoding="utf-8"))["stamp"] != there:
+                raise SetupError("sources of kernels were edited while they were compiled: run it again")
             step.update("libraries")
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(bundles, cpus))

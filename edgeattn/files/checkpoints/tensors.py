@@ -57,7 +57,7 @@ class Tensors:
         ]
         if len(missing) == len(self.expected) and unexpected:
             raise ValueError(f"{self.source} holds no {what} under prefix {self.prefix!r}, which has {missing[0]}; "
-                             f"{other_names(self.found)}")
+                             f"{other_names([self.prefix + name for name in self.found])}")
         misshaped = []
         for name, shape in self.expected.items():
             if name in self.found and not _fits(self.found[name].shape, shape):
