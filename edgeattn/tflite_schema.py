@@ -55,7 +55,8 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "Tensor": {
         "shape": Field(0, "[int32]"), "type": Field(1, "int8"), "buffer": Field(2, "uint32"),
         "name": Field(3, "string"), "quantization": Field(4, "QuantizationParameters"),
-        "sparsity": Field(6, "SparsityParameters"), "has_rank": Field(8, "bool"),
+        "sparsity": Field(6, "SparsityParameters"), "shape_signature": Field(7, "[int32]"),
+        "has_rank": Field(8, "bool"),
         "external_buffer": Field(10, "uint32"),
     },
     "QuantizationParameters": {
@@ -89,6 +90,19 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "ConcatenationOptions": {"axis": Field(0, "int32"), "fused_activation_function": Field(1, "int8")},
     "SliceOptions": {},
     "SplitOptions": {"num_splits": Field(0, "int32")},
+    "Conv2DOptions": {
+        "padding": Field(0, "int8"), "stride_w": Field(1, "int32"), "stride_h": Field(2, "int32"),
+        "fused_activation_function": Field(3, "int8"), "dilation_w_factor": Field(4, "int32", 1),
+        "dilation_h_factor": Field(5, "int32", 1),
+    },
+    "DivOptions": {"fused_activation_function": Field(0, "int8")},
+    "SqueezeOptions": {"squeeze_dims": Field(0, "[int32]")},
+    "StridedSliceOptions": {
+        "begin_mask": Field(0, "int32"), "end_mask": Field(1, "int32"), "ellipsis_mask": Field(2, "int32"),
+        "new_axis_mask": Field(3, "int32"), "shrink_axis_mask": Field(4, "int32"), "offset": Field(5, "bool"),
+    },
+    "PackOptions": {"values_count": Field(0, "int32"), "axis": Field(1, "int32")},
+    "UnpackOptions": {"num": Field(0, "int32"), "axis": Field(1, "int32")},
     "NotEqualOptions": {},
     "TransposeOptions": {},
     "SelectV2Options": {},
@@ -109,6 +123,7 @@ class BuiltinOperator:
 BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "ADD": BuiltinOperator(0, 11, "AddOptions"),
     "CONCATENATION": BuiltinOperator(2, 10, "ConcatenationOptions"),
+    "CONV_2D": BuiltinOperator(3, 1, "Conv2DOptions"),
     "DEQUANTIZE": BuiltinOperator(6, 38, "DequantizeOptions"),
     "FULLY_CONNECTED": BuiltinOperator(9, 8, "FullyConnectedOptions"),
     "LOGISTIC": BuiltinOperator(14, 0, ""),
@@ -120,10 +135,19 @@ BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "TRANSPOSE": BuiltinOperator(39, 26, "TransposeOptions"),
     "MEAN": BuiltinOperator(40, 27, "ReducerOptions"),
     "SUB": BuiltinOperator(41, 28, "SubOptions"),
+    "DIV": BuiltinOperator(42, 29, "DivOptions"),
+    "SQUEEZE": BuiltinOperator(43, 30, "SqueezeOptions"),
+    "STRIDED_SLICE": BuiltinOperator(45, 32, "StridedSliceOptions"),
     "SPLIT": BuiltinOperator(49, 35, "SplitOptions"),
     "SLICE": BuiltinOperator(65, 48, "SliceOptions"),
     "NOT_EQUAL": BuiltinOperator(72, 55, "NotEqualOptions"),
+    "SUM": BuiltinOperator(74, 27, "ReducerOptions"),
     "RSQRT": BuiltinOperator(76, 0, ""),
+    "REDUCE_PROD": BuiltinOperator(81, 27, "ReducerOptions"),
+    "REDUCE_MAX": BuiltinOperator(82, 27, "ReducerOptions"),
+    "PACK": BuiltinOperator(83, 59, "PackOptions"),
+    "UNPACK": BuiltinOperator(88, 64, "UnpackOptions"),
+    "REDUCE_MIN": BuiltinOperator(89, 27, "ReducerOptions"),
     "QUANTIZE": BuiltinOperator(114, 89, "QuantizeOptions"),
     "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
     "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),
@@ -150,6 +174,8 @@ class Tensor:
     zero_point : int64, as ``scale``, or None
     channel_axis : int
         The axis that ``scale`` runs along where it has more than one element.
+    is_open : bool
+        Whether an axis is as long as a call makes it: ``shape`` has a 1 in its place.
     """
 
     name: str
@@ -159,6 +185,7 @@ class Tensor:
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
     channel_axis: int = 0
+    is_open: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,11 @@ class Blocks(CheckedScores):
         listed += f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
         if block is None:
             if len(found) != 1:
-                raise self.error(f"expected one attention block, so one SOFTMAX; found {len(found)}" + (
-                    f": choose one by block=, its number or name: {listed}" if found else ""))
+                kinds = {operator.name for operator in self.graph.operators}
+                hint = f": choose one by block=, its number or name: {listed}" if found else (
+                    ", but EXP and DIV, a softmax taken apart: SOFTMAX is one of the last axis, of 2 keys or more"
+                    if {"EXP", "DIV"} <= kinds else "")
+                raise self.error(f"expected one attention block, so one SOFTMAX; found {len(found)}{hint}")
         elif isinstance(block, str):
             found = [number for number, name in zip(found, names, strict=False) if name == block]
             if len(found) != 1:

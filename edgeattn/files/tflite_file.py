@@ -17,13 +17,14 @@ from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, TABLES
 
 # Others are named in errors alone.
 _OTHER_NAMES = {
-    1: "AVERAGE_POOL_2D", 3: "CONV_2D", 4: "DEPTHWISE_CONV_2D", 11: "L2_NORMALIZATION", 17: "MAX_POOL_2D", 21: "RELU6",
-    28: "TANH", 34: "PAD", 42: "DIV", 43: "SQUEEZE", 45: "STRIDED_SLICE", 47: "EXP", 48: "TOPK_V2", 50: "LOG_SOFTMAX",
+    1: "AVERAGE_POOL_2D", 4: "DEPTHWISE_CONV_2D", 7: "EMBEDDING_LOOKUP", 8: "FLOOR", 11: "L2_NORMALIZATION",
+    17: "MAX_POOL_2D", 21: "RELU6", 28: "TANH", 34: "PAD", 47: "EXP", 48: "TOPK_V2", 50: "LOG_SOFTMAX",
     53: "CAST", 54: "PRELU", 55: "MAXIMUM", 57: "MINIMUM", 58: "LESS", 59: "NEG", 61: "GREATER", 62: "GREATER_EQUAL",
-    63: "LESS_EQUAL", 64: "SELECT", 66: "SIN", 69: "TILE", 70: "EXPAND_DIMS", 71: "EQUAL", 74: "SUM", 75: "SQRT",
-    77: "SHAPE", 78: "POW", 82: "REDUCE_MAX", 83: "PACK", 84: "LOGICAL_OR", 86: "LOGICAL_AND", 87: "LOGICAL_NOT",
-    88: "UNPACK", 92: "SQUARE", 94: "FILL", 96: "RANGE", 98: "LEAKY_RELU", 99: "SQUARED_DIFFERENCE", 101: "ABS",
-    102: "SPLIT_V", 107: "GATHER_ND", 108: "COS", 109: "WHERE", 117: "HARD_SWISH", 128: "CUMSUM", 130: "BROADCAST_TO",
+    63: "LESS_EQUAL", 64: "SELECT", 66: "SIN", 69: "TILE", 70: "EXPAND_DIMS", 71: "EQUAL", 73: "LOG", 75: "SQRT",
+    77: "SHAPE", 78: "POW", 84: "LOGICAL_OR", 86: "LOGICAL_AND", 87: "LOGICAL_NOT", 90: "FLOOR_DIV", 91: "REDUCE_ANY",
+    92: "SQUARE", 93: "ZEROS_LIKE", 94: "FILL", 95: "FLOOR_MOD", 96: "RANGE", 98: "LEAKY_RELU",
+    99: "SQUARED_DIFFERENCE", 101: "ABS", 102: "SPLIT_V", 107: "GATHER_ND", 108: "COS", 109: "WHERE", 117: "HARD_SWISH",
+    128: "CUMSUM", 130: "BROADCAST_TO", 140: "REDUCE_ALL", 158: "SIGN", 206: "STABLEHLO_COMPOSITE",
 }
 _OPERATOR_NAMES = _OTHER_NAMES | {builtin.code: name for name, builtin in BUILTIN_OPERATORS.items()}
 _SCALARS = {
@@ -264,7 +265,8 @@ class _Parser:
         shape = tuple(shape.tolist())
         dtype = DTYPES.get(self.get(table, "Tensor", "type"))
         scale, zero_point, axis = self.quantization(table, name)
-        return Tensor(name, shape, dtype, self.constant(table, name, shape, dtype), scale, zero_point, axis)
+        is_open = bool((self.get(table, "Tensor", "shape_signature") < 0).any())
+        return Tensor(name, shape, dtype, self.constant(table, name, shape, dtype), scale, zero_point, axis, is_open)
 
     def quantization(self, table: int, name: str) -> tuple[np.ndarray | None, np.ndarray | None, int]:
         position = self.get(table, "Tensor", "quantization")

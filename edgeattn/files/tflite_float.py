@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_graphs import apart
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import Graph as Nodes
-from edgeattn.files.checkpoints.onnx_rows import root_of, rows_of
+from edgeattn.files.checkpoints.onnx_rows import PLAIN, rows_of
 from edgeattn.files.checkpoints.onnx_values import NotRead
 from edgeattn.files.tflite_graph import CheckedGraph
 from edgeattn.files.tflite_nodes import Writer
@@ -27,6 +28,8 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
     try:
         with np.errstate(all="ignore"):
             nodes = written.nodes()
+            if (why := written.unknown.get(softmax.outputs[0])) is not None:
+                raise NotRead(why)
             written.check_shapes(nodes)
             found = attention_at(nodes, nodes.maker[written.name(softmax.outputs[0])])
             if alone and not _is_all(nodes, found):
@@ -37,22 +40,33 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
                     raise NotRead(f"expected weights that are numbers; found NaN or infinity in {name}")
             told = [*found.told, *apart(nodes, found)]
     except ValueError as error:
-        text = str(error)
-        raise (error if text.startswith(graph.name) else graph.error(text)) from None
+        text = str(error).removeprefix(f"{graph.name}: ")
+        raise graph.error(f"{text}; {why}" if (why := written.reason(text)) else text) from None
     if written.hybrid:
         told.append(f"{graph.name} has int8 weights, and a runtime that quantizes the rows they meet: this is the "
                     "float32 layer of these weights; quant.quantize(layer, scheme='dynamic') makes an int8 one")
     return found.heads, found.kv_heads, found.arguments, told
 
 
+def _root(nodes: Nodes, name: str) -> str:
+    """The furthest value whose rows, of a token's features each, a value has in another layout."""
+    root = name
+    while (node := nodes.maker.get(name)) is not None and node.op_type in PLAIN and nodes.constant(name) is None:
+        name = node.input[0]
+        with contextlib.suppress(NotRead):
+            rows_of(nodes, root, name)
+            root = name
+    return root
+
+
 def _is_all(nodes: Nodes, found) -> bool:
     """Whether a graph is attention from its inputs to its output, and gives the rows of the first in their order."""
-    if len(nodes.outputs) != 1 or any(root_of(nodes, source) not in nodes.inputs for source in found.sources):
+    if len(nodes.outputs) != 1 or any(_root(nodes, source) not in nodes.inputs for source in found.sources):
         return False
     (output,) = nodes.outputs
-    came = rows_of(nodes, found.source, root_of(nodes, found.source))
+    came = rows_of(nodes, found.source, _root(nodes, found.source))
     if found.order is not None:
-        if root_of(nodes, output) != root_of(nodes, found.end):
+        if _root(nodes, output) != _root(nodes, found.end):
             return False
         rows = came[found.order[rows_of(nodes, output, found.end)]]
         return bool((rows == np.arange(rows.size)).all())

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from edgeattn.files.tflite_constants import folded
+from edgeattn.files.tflite_shapes import shape_of
 from edgeattn.quantized.parameters import LARGEST_SCALE, LARGEST_SCORE_SCALE, SMALLEST_SCALE, TensorQuantization
 from edgeattn.tflite_schema import Graph, Operator, Tensor
 
@@ -29,10 +31,13 @@ class CheckedGraph:
         self.told: list[str] = []
         self.producers: dict[int, int] = {}
         self.consumers: dict[int, list[int]] = {}
+        self.left_to_fold = most_elements  # elements of constants that may yet be computed
         written = set(graph.inputs)
+        measured: list[int] = []  # tensors of which a folded SHAPE took the shape
         for number, operator in enumerate(graph.operators):
             if self.fold(operator):
                 self.used.add(number)
+                measured += operator.inputs if operator.name == "SHAPE" else ()
                 continue
             for tensor in operator.inputs:
                 if tensor >= 0 and not (tensor in written or self.is_constant(tensor)):
@@ -45,35 +50,53 @@ class CheckedGraph:
                     raise self.error(f"tensor {graph.tensors[tensor].name!r} is written twice")
                 written.add(tensor)
                 self.producers[tensor] = number
+            self.close(operator)
+        self.drop(measured)
+
+    def drop(self, measured: list[int]) -> None:
+        """Leave out what was computed for its shape alone."""
+        while measured:
+            number = self.producers.get(tensor := measured.pop())
+            if number is None or tensor in self.outputs or self.consumers.get(tensor) or len(
+                    self.graph.operators[number].outputs) > 1:
+                continue
+            self.used.add(number)
+            del self.producers[tensor]
+            for each in self.graph.operators[number].inputs:
+                self.consumers[each] = [reader for reader in self.consumers[each] if reader != number]
+                measured.append(each)
 
     def error(self, message: str) -> ValueError:
         """The error to raise, with the name of the file."""
         return ValueError(f"{self.name}: {message}")
 
     def fold(self, operator: Operator) -> bool:
-        """Whether an operator has constants only, and what it gives became one: masks that converters leave so."""
+        """Whether an operator has constants only, and what it gives became one: masks and shapes that are left so."""
         tensors = self.graph.tensors
-        counts = {"RESHAPE": (1, 2), "SELECT_V2": (3,)}.get(operator.name, ())
-        if len(operator.inputs) not in counts or len(operator.outputs) != 1 or any(
-                number < 0 or tensors[number].data is None for number in operator.inputs):
+        if len(operator.outputs) != 1 or not operator.inputs or min(operator.inputs) < 0:
             return False
-        output = tensors[operator.outputs[0]]
-        inputs = [tensors[number] for number in operator.inputs]
-        values = inputs[:1] if operator.name == "RESHAPE" else inputs[1:]
-        if output.data is not None or math.prod(output.shape) > self.most_elements or any(
-                each.dtype != output.dtype or not _same_codes(each, output) for each in values):
+        inputs, output = [tensors[number] for number in operator.inputs], tensors[operator.outputs[0]]
+        if output.data is not None or operator.name != "SHAPE" and any(each.data is None for each in inputs):
             return False
-        try:
-            if operator.name == "RESHAPE":
-                data = values[0].data.reshape(output.shape)
-            elif np.broadcast_shapes(*(each.shape for each in inputs)) != output.shape or inputs[0].dtype != np.bool_:
+        if output.is_open:
+            if (shape := shape_of(operator, inputs)) is None:
                 return False
-            else:
-                data = np.where(inputs[0].data.view(np.uint8) != 0, *(each.data for each in values))
-        except ValueError:
+            output = dataclasses.replace(output, shape=shape, is_open=False)
+        size = math.prod(output.shape)
+        if size > self.left_to_fold or (data := folded(operator, inputs, output)) is None:
             return False
+        if operator.name != "RESHAPE":  # which is a view
+            self.left_to_fold -= size + 1
         tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
         return True
+
+    def close(self, operator: Operator) -> None:
+        """Give what an operator makes the shape that its inputs' shapes make it, where the file leaves it open."""
+        tensors = self.graph.tensors
+        if len(operator.outputs) == 1 and tensors[operator.outputs[0]].is_open:
+            shape = shape_of(operator, [tensors[number] for number in operator.inputs if number >= 0])
+            if shape is not None:
+                tensors[operator.outputs[0]] = dataclasses.replace(tensors[operator.outputs[0]], shape=shape)
 
     # -- access to the graph, checked
 
@@ -309,9 +332,3 @@ class CheckedGraph:
         """Refuse more operators in a row than any converter writes."""
         if len(path) > LONGEST_CHAIN:
             raise self.error(f"expected at most {LONGEST_CHAIN} of {', '.join(names)} in a row; found more")
-
-
-def _same_codes(one: Tensor, other: Tensor) -> bool:
-    """Whether codes of two tensors stand for the same numbers."""
-    return all((a is None) == (b is None) and (a is None or np.array_equal(a, b))
-               for a, b in ((one.scale, other.scale), (one.zero_point, other.zero_point)))

@@ -1,7 +1,8 @@
 """A float .tflite graph as the ONNX nodes that say the same, for the reader of those.
 
-int8 weights under float activations (hybrid, or behind DEQUANTIZE) are the floats that they stand for. What has no row
-here is refused by its name, and so is a graph whose shapes are others than the file says.
+int8 weights under float activations (hybrid, or behind DEQUANTIZE) are the floats that they stand for. What an operator
+without nodes gives is a value of which nothing is known but its shape; its name says of which operator it is. A graph
+whose shapes are others than the file says is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from edgeattn.tflite_schema import Operator, Tensor
 _OPSET = 20  # the first with Gelu
 
 
+class TooLarge(NotRead):
+    """More than a file of this size may ask for."""
+
+
 class Writer:
     """Writes the operators of a graph as nodes."""
 
@@ -30,28 +35,35 @@ class Writer:
         self.made: list[Node] = []
         self.stored: dict[str, Stored] = {}
         self.hybrid = False
+        self.unknown: dict[int, str] = {}  # tensors of which only the shape is known: why
         self.left = graph.most_elements * 4  # elements of constants: tensors may share what the file has once
 
     def nodes(self) -> Nodes:
         """All of it, as the reader of ONNX graphs takes it."""
         graph = self.graph.graph
-        for operator in graph.operators:
-            if not operator.outputs or not self.graph.is_constant(operator.outputs[0]):  # else it was folded already
+        for number, operator in enumerate(graph.operators):
+            if not operator.outputs or self.graph.producers.get(operator.outputs[0]) == number:  # else it is left out
                 self.write(operator)
-        inputs = [Input(self.name(number), self.computed(number).shape) for number in graph.inputs]
+        inputs = [Input(self.name(number), self.tensors[number].shape) for number in [*graph.inputs, *self.unknown]]
         outputs = [types.SimpleNamespace(name=self.name(number)) for number in graph.outputs]
         model = types.SimpleNamespace(
             graph=types.SimpleNamespace(node=self.made, input=inputs, output=outputs,
                                         initializer=list(self.stored.values())),
             opset_import=[types.SimpleNamespace(domain="", version=_OPSET)])
         with reading(self.graph.name, ".tflite file"):
-            return Nodes(model, Values(), self.graph.name)
+            nodes = Nodes(model, Values(), self.graph.name)
+        nodes.inputs = [self.name(number) for number in graph.inputs]
+        return nodes
+
+    def reason(self, message: str) -> str:
+        """Why the first unknown value that an error names is unknown."""
+        return next((why for number, why in self.unknown.items() if self.name(number)[:60] in message), "")
 
     def check_shapes(self, nodes: Nodes) -> None:
         """Refuse a graph where a tensor has another shape than its operator gives."""
         for operator in self.graph.graph.operators:
             for number in operator.outputs:
-                if self.graph.is_constant(number):
+                if number not in self.graph.producers:
                     continue
                 found, said = nodes.shapes.get(self.name(number)), self.tensors[number].shape
                 if found is not None and tuple(found) != said:
@@ -87,7 +99,7 @@ class Writer:
         """A constant; returns its name."""
         self.left -= array.size + 1
         if self.left < 0:
-            raise NotRead("its constants, taken apart, must be no larger than the file")
+            raise TooLarge("its constants, taken apart, must be no larger than the file")
         self.stored[name] = Stored(name, array)
         return name
 
@@ -96,7 +108,7 @@ class Writer:
         data = tensor.data
         self.left -= data.size
         if self.left < 0:
-            raise NotRead("its constants, taken apart, must be no larger than the file")
+            raise TooLarge("its constants, taken apart, must be no larger than the file")
         if tensor.scale is not None:
             if data.dtype.kind not in "iu":
                 raise NotRead(f"expected the codes of {tensor.name!r} to be whole numbers; found {data.dtype}")
@@ -121,19 +133,31 @@ class Writer:
 
     # -- operators
 
-    def add(self, kind: str, inputs: list[str], to: str, **attributes) -> str:
+    def add(self, kind: str, inputs: list[str], to: str, /, **attributes) -> str:
         """A node; returns the name of what it gives."""
         name = to.rpartition(":")[0]
         self.made.append(Node(kind, name, list(inputs), [to], [Attribute(*each) for each in attributes.items()]))
         return to
 
     def write(self, operator: Operator) -> None:
-        """The nodes of an operator."""
+        """The nodes of an operator; what it gives is unknown where there are none."""
+        made = len(self.made)
+        try:
+            self._write(operator)
+        except TooLarge:
+            raise
+        except ValueError as error:
+            del self.made[made:]
+            self.unknown |= dict.fromkeys(operator.outputs, str(error).removeprefix(f"{self.graph.name}: "))
+
+    def _write(self, operator: Operator) -> None:
         kind = operator.name
         special = WRITERS.get(kind)
         if special is None and kind not in ALIKE:
-            raise NotRead(f"expected float32 operators of attention; found {kind}, which is not read")
-        if not operator.inputs or not operator.outputs or (kind != "SPLIT" and len(operator.outputs) != 1):
+            raise NotRead(f"{kind}, which is not read, gives {self.tensors[operator.outputs[0]].name[:100]!r}"
+                          if operator.outputs else f"{kind} is not read")
+        if not operator.inputs or not operator.outputs or (
+                kind not in ("SPLIT", "UNPACK") and len(operator.outputs) != 1):
             raise NotRead(f"{kind} has {len(operator.inputs)} inputs and {len(operator.outputs)} outputs")
         for number in operator.outputs:
             self.computed(number)
