@@ -16,8 +16,6 @@ _TOLD = 20  # blocks in an error
 class Blocks(CheckedScores):
     """A graph in which attention is looked for."""
 
-    alone = True  # whether all of the graph must be the block
-
     def blocks(self) -> list[int]:
         """The numbers of the SOFTMAX operators, those of attention where there are any."""
         found = [number for number, operator in enumerate(self.graph.operators) if operator.name == "SOFTMAX"]

@@ -20,7 +20,7 @@ def folded(operator: Operator, inputs: list[Tensor], output: Tensor) -> np.ndarr
     made = _ROUNDED.get(kind) or _MOVED.get(kind) or _COMPUTED.get(kind)
     if made is None or not inputs or operator.options.get("fused_activation_function", 0) or output.dtype is None or (
             kind in _MOVED and not _keeps(kind, inputs, output)) or (
-            kind in _COMPUTED and any(each.scale is not None for each in (*inputs, output))):
+            kind in _COMPUTED and kind != "SHAPE" and any(each.scale is not None for each in (*inputs, output))):
         return None
     try:
         with np.errstate(all="ignore"):
@@ -119,6 +119,26 @@ _MOVED: dict[str, Callable[..., Any]] = {
     "CONCATENATION": lambda options, _, *parts: np.concatenate([_array(each) for each in parts], options["axis"]),
     "PACK": lambda options, _, *parts: np.stack([_array(each) for each in parts], options["axis"]),
 }
+
+
+def laid_out(operator: Operator, elements: np.ndarray, constants: list[Tensor]) -> np.ndarray:
+    """The elements of an operator's first input where the operator puts them.
+
+    Raises
+    ------
+    ValueError
+        Where it cannot.
+    """
+    x = Tensor("", elements.shape, elements.dtype, elements)
+    if operator.name == "RESHAPE":
+        shape = constants[0].data if constants else operator.options.get("new_shape", ())
+        return elements.reshape(np.asarray(shape).ravel().tolist())
+    if operator.name == "SQUEEZE":
+        axes = np.asarray(operator.options.get("squeeze_dims", ())).tolist()
+        return elements.squeeze(tuple(axes) if axes else None)
+    if operator.name == "EXPAND_DIMS":
+        return np.expand_dims(elements, _whole(constants[0])[0])
+    return _MOVED[operator.name](operator.options, None, x, *constants)
 
 
 # -- numbers: one rounding of float32, whole numbers, or none at all

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from edgeattn.files.tflite_constants import folded
+from edgeattn.files.tflite_constants import folded, laid_out
 from edgeattn.files.tflite_shapes import shape_of
 from edgeattn.quantized.parameters import LARGEST_SCALE, LARGEST_SCORE_SCALE, SMALLEST_SCALE, TensorQuantization
 from edgeattn.tflite_schema import Graph, Operator, Tensor
@@ -16,11 +16,14 @@ from edgeattn.tflite_schema import Graph, Operator, Tensor
 LONGEST_CHAIN = 16
 _LARGEST_MULTIPLIER = 256.0
 _MOVES = ("RESHAPE", "TRANSPOSE")
-_CUTS = ("SLICE", "SPLIT")
+_SHAPED = ("SQUEEZE", "EXPAND_DIMS")
+_CUTS = ("SLICE", "SPLIT", "STRIDED_SLICE", "GATHER", "BROADCAST_TO")  # what may leave elements out, or have them twice
 
 
 class CheckedGraph:
     """A graph whose parts are looked at with checks. ``used`` collects the operators that were recognised."""
+
+    alone = True  # whether all of the graph must be one attention block
 
     def __init__(self, graph: Graph, name: str, most_elements: int):
         self.graph = graph
@@ -29,6 +32,7 @@ class CheckedGraph:
         self.outputs = set(graph.outputs)
         self.used: set[int] = set()
         self.told: list[str] = []
+        self.mask_inputs: set[int] = set()  # of the graph, from which masks are computed
         self.producers: dict[int, int] = {}
         self.consumers: dict[int, list[int]] = {}
         self.left_to_fold = most_elements  # elements of constants that may yet be computed
@@ -124,13 +128,16 @@ class CheckedGraph:
         number = self.producers.get(tensor)
         return number if number is not None and self.graph.operators[number].name in names else None
 
-    def use(self, tensor: int, expected: str, role: str) -> Operator:
-        """The operator that computes ``tensor``, which must be an ``expected``."""
+    def use(self, tensor: int, expected: str, role: str, way_out: str = "") -> Operator:
+        """The operator that computes ``tensor``, which must be an ``expected``; ``way_out`` is told behind another."""
         number = self.producers.get(tensor)
         found = "a graph input or constant" if number is None else self.graph.operators[number].name
         if found != expected:
+            if number is not None and any(each.is_open for each in self.graph.tensors) and found in ("ADD", "RESHAPE"):
+                way_out = (": shapes are open in this file, so that biases stand apart: convert with a fixed batch size "
+                           "(of Keras, Input(batch_size=1))")
             raise self.error(
-                f"expected {expected} to compute {role}, tensor {self.tensor(tensor).name!r}; found {found}"
+                f"expected {expected} to compute {role}, tensor {self.tensor(tensor).name!r}; found {found}{way_out}"
             )
         self.used.add(number)
         return self.graph.operators[number]
@@ -138,7 +145,7 @@ class CheckedGraph:
     def next_operator(self, tensor: int) -> tuple[int, Operator] | None:
         """The one operator that reads ``tensor``, or None where it only leaves the graph."""
         readers = self.consumers.get(tensor, [])
-        if len(readers) + (tensor in self.outputs) != 1:
+        if len(readers) + (tensor in self.outputs) != 1 and not (len(readers) == 1 and not self.alone):
             raise self.error(
                 f"expected one reader of tensor {self.tensor(tensor).name!r}; found {len(readers)}"
                 + (" and the graph's output" if tensor in self.outputs else "")
@@ -216,61 +223,37 @@ class CheckedGraph:
 
     def moved(self, operator: Operator, elements: np.ndarray, given: int | None = None) -> np.ndarray:
         """``elements``, laid out as an operator lays out its input; given: which output of a SPLIT is meant."""
-        if operator.name in _CUTS:
-            return self.cut(operator, elements, given)
-        if operator.name == "MUL":
+        name = operator.name
+        if name == "MUL":
             return elements
-        inputs = self.operands(operator, (1, 2) if operator.name == "RESHAPE" else (2,))
-        source, output = self.tensor(inputs[0]), self.tensor(operator.outputs[0])
-        role = f"a tensor that {operator.name} moves"
-        if self.of_scores(inputs[0], role) != self.of_scores(operator.outputs[0], role):
-            raise self.error(f"{operator.name} changes the quantization of {source.name!r}; expected it kept")
-        if operator.name == "TRANSPOSE":
-            axes = self.constant(inputs[1], np.int32, "the permutation of TRANSPOSE").ravel().tolist()
-            if sorted(axes) != list(range(elements.ndim)):
-                raise self.error(
-                    f"TRANSPOSE of {source.name!r} has permutation {axes}; its input has {elements.ndim} axes"
-                )
-            elements = elements.transpose(axes)
-            if elements.shape != output.shape:
-                raise self.error(
-                    f"TRANSPOSE gives {output.name!r} shape {output.shape}; expected {elements.shape}"
-                )
-        elif self.size(operator.outputs[0]) != elements.size:
-            raise self.error(
-                f"RESHAPE from {source.shape} to {output.shape}, tensor {output.name!r}, changes the size"
-            )
-        return elements.reshape(output.shape)
-
-    def cut(self, operator: Operator, elements: np.ndarray, given: int | None) -> np.ndarray:
-        """The elements that a SLICE or an output of a SPLIT has."""
-        name, inputs = operator.name, operator.inputs
-        if len(inputs) != (3 if name == "SLICE" else 2) or given not in operator.outputs:
-            raise self.error(f"{name} has {len(inputs)} inputs; expected {3 if name == 'SLICE' else 2}")
-        output, source = self.tensor(given), self.tensor(inputs[1 if name == "SPLIT" else 0])
-        role = f"a tensor that {name} cuts"
-        if self.quantization(inputs[1 if name == "SPLIT" else 0], role) != self.quantization(given, role):
+        given = operator.outputs[0] if given is None and len(operator.outputs) == 1 else given
+        if given not in operator.outputs or len(operator.inputs) < 1 + (name not in ("RESHAPE", "SQUEEZE")):
+            raise self.error(f"{name} has {len(operator.inputs)} inputs and {len(operator.outputs)} outputs")
+        first = operator.inputs[name == "SPLIT"]
+        source, output = self.tensor(first), self.tensor(given)
+        role = f"a tensor that {name} moves"
+        if self.of_scores(first, role) != self.of_scores(given, role):
             raise self.error(f"{name} changes the quantization of {source.name!r}; expected it kept")
-        if name == "SLICE":
-            begin, size = (self.constant(inputs[i], np.int32, f"the {what} of SLICE").ravel().tolist()
-                           for i, what in ((1, "begin"), (2, "size")))
-            if len(begin) != elements.ndim or len(size) != elements.ndim or any(
-                    at < 0 or at + max(count, 0) > length
-                    for at, count, length in zip(begin, size, elements.shape, strict=True)):
-                raise self.error(f"SLICE of {source.name!r} begins at {begin[:8]} with {size[:8]} elements; its input "
-                                 f"has shape {elements.shape}")
-            found = elements[tuple(slice(at, None if count < 0 else at + count)
-                                   for at, count in zip(begin, size, strict=True))]
-        else:
-            axes = self.constant(inputs[0], np.int32, "the axis of SPLIT").ravel().tolist()
-            parts = len(operator.outputs)
-            if len(axes) != 1 or not -elements.ndim <= axes[0] < elements.ndim or elements.shape[axes[0]] % parts:
-                raise self.error(f"SPLIT of {source.name!r}, shape {elements.shape}, along {axes[:8]} in {parts} "
-                                 "parts; expected equal parts of one axis")
-            found = np.split(elements, parts, axes[0])[operator.outputs.index(given)]
+        constants = [number for number in operator.inputs if number != first]
+        for number in constants:
+            self.constant(number, np.int32, f"a number of {name}")
+        if name != "SPLIT" and math.prod(output.shape) > self.most_elements:
+            self.size(given)
+        try:
+            found = (self.part(operator, elements, given) if name == "SPLIT"
+                     else laid_out(operator, elements, [self.tensor(number) for number in constants]))
+        except (ValueError, TypeError, IndexError, KeyError):
+            numbers = [self.tensor(number).data.ravel()[:8].tolist() for number in constants]
+            raise self.error(f"{name} of {source.name!r}, shape {elements.shape}, to {output.name!r}, shape "
+                             f"{output.shape}, by {numbers}: expected these to agree") from None
         if found.shape != output.shape:
             raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {found.shape}")
         return found
+
+    def part(self, operator: Operator, elements: np.ndarray, given: int) -> np.ndarray:
+        """The elements that an output of a SPLIT has."""
+        (axis,), parts = self.tensor(operator.inputs[0]).data.ravel().tolist(), len(operator.outputs)
+        return np.split(elements, parts, axis)[operator.outputs.index(given)]
 
     def back(self, tensor: int, *, scaled: bool = False) -> tuple[int, np.ndarray, list[Operator]]:
         """Undo RESHAPE, TRANSPOSE, SLICE and SPLIT, with ``scaled`` also MUL by a constant.
@@ -279,7 +262,7 @@ class CheckedGraph:
         in the order they run.
         """
         path, scaling = [], []
-        names = (*_MOVES, *_CUTS, *(["MUL"] if scaled else []))
+        names = (*_MOVES, *_SHAPED, *_CUTS, *(["MUL"] if scaled else []))
         while (number := self.producer(tensor, names)) is not None:
             operator = self.graph.operators[number]
             path.append((number, tensor))
@@ -288,7 +271,7 @@ class CheckedGraph:
                 scaling.append(operator)
                 tensor = self.scaled(operator)[0]
             else:
-                inputs = self.operands(operator, (1, 2)) if operator.name in _MOVES else operator.inputs
+                inputs = operator.inputs
                 tensor = inputs[1 if operator.name == "SPLIT" and len(inputs) > 1 else 0] if inputs else -1
             if tensor < 0:
                 raise self.error(f"{operator.name} lacks an input")
@@ -320,7 +303,7 @@ class CheckedGraph:
         """
         elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
         path = []
-        while (found := self.next_operator(tensor)) is not None and found[1].name in _MOVES:
+        while (found := self.next_operator(tensor)) is not None and found[1].name in (*_MOVES, *_SHAPED):
             path.append(found[0])
             self.check_chain(path, _MOVES)
             elements = self.moved(found[1], elements)

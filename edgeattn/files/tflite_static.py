@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from edgeattn.arithmetic import kernel_set
 from edgeattn.files.tflite_blocks import Blocks
 from edgeattn.quantized import (
     INPUTS,
@@ -20,6 +21,12 @@ from edgeattn.quantized import (
     TensorQuantization,
 )
 from edgeattn.tflite_schema import Operator
+
+# Ways out, behind what an error found.
+ALONE = "; block=0 reads the block alone"
+FLOAT = ", which a static layer has no place for: read the float file that this was made of, and quant.quantize it"
+PRODUCTS = (" (converters write products of one matrix by one so, which runtimes round otherwise: convert with a batch of "
+            "2, or read the float file that this was made of, and quant.quantize it)")
 
 
 class Matcher(Blocks):
@@ -46,29 +53,19 @@ class Matcher(Blocks):
         tensors["scores"] = self.of_scores(scores, "the scores")
         if any(operator.name != "MUL" for operator, *_ in score_ops):
             self.check_steps(softmax.inputs[0])
-        product = self.use(scores, "BATCH_MATMUL", "the scores")
+        product = self.use(scores, "BATCH_MATMUL", "the scores", PRODUCTS)
         query, key = self.operands(product, (2,))
-        probabilities, elements, second = self.forward(softmax.outputs[0])
-        if (
-            second is None
-            or second.name != "BATCH_MATMUL"
-            or self.operands(second, (2,))[0] != probabilities
-            or second.options["adj_x"]
-            or (np.diff(elements.ravel()) != 1).any()
-        ):
-            found = "the output" if second is None else second.name
-            raise self.error("expected the probabilities to be the left side of a BATCH_MATMUL; found "
-                             + (f"{found} of them in another place or order" if found == "BATCH_MATMUL" else found))
-        self.used.add(self.producers[second.outputs[0]])
+        second, value, value_swaps, turned = self.weighting(softmax)
         tensors["context"] = self.quantization(second.outputs[0], "the context")
 
         projections, moves, ops = {}, {}, {}
         for role, tensor, swap in (
             ("query", query, product.options["adj_x"]),
             ("key", key, not product.options["adj_y"]),
-            ("value", second.inputs[1], second.options["adj_y"]),
+            ("value", value, value_swaps),
         ):
             source, elements, scaling = self.back(tensor, scaled=True)
+            projections[role] = self.use(source, "FULLY_CONNECTED", f"the {role}", FLOAT)
             tensors[role] = self.quantization(tensor if role == "value" else source, f"the {role}")
             ops[role] = [self.mul_of_projected(operator) for operator in scaling]
             if elements.ndim < 2:
@@ -76,7 +73,6 @@ class Matcher(Blocks):
                     f"expected the {role}, tensor {self.tensor(tensor).name!r}, to have 2 axes or more; "
                     f"found shape {elements.shape}"
                 )
-            projections[role] = self.use(source, "FULLY_CONNECTED", f"the {role}")
             moves[role] = elements.swapaxes(-1, -2) if swap else elements
 
         linears, feeds = {}, {}
@@ -92,7 +88,10 @@ class Matcher(Blocks):
         self.check_shape(scores, (B, H, L, S), "the scores")
         self.check_shape(softmax.outputs[0], (B, H, L, S), "the probabilities")
         value_dim = moves["value"].shape[-1]
-        self.check_shape(second.outputs[0], (B, H, L, value_dim), "the context")
+        context = (B, H, value_dim, L) if turned else (B, H, L, value_dim)
+        self.check_shape(second.outputs[0], context, "the context")
+        if turned:
+            self.check_turned(tensors["value"], arithmetic)
 
         for left, right, out, what in (("query", "key", "scores", "the product of query and key"),
                                        (None, "value", "context", "the product of probabilities and value")):
@@ -102,7 +101,7 @@ class Matcher(Blocks):
             )
 
         sources = self.inputs(feeds, tensors)
-        self.output(second.outputs[0], (B, H, L, value_dim), tensors, linears)
+        self.output(second.outputs[0], context, tensors, linears, turned=turned)
         for number, operator in enumerate(self.graph.operators):
             if self.alone and number not in self.used:
                 raise self.error(f"expected one attention block and nothing else; found {operator.name} "
@@ -115,6 +114,35 @@ class Matcher(Blocks):
             )
         except ValueError as error:
             raise self.error(str(error)) from None
+
+    def weighting(self, softmax: Operator) -> tuple[Operator, int, bool, bool]:
+        """The product of probabilities and values, its values, whether they are (Dv, S), whether it gives (Dv, L).
+
+        A product with the probabilities on its right gives the context turned: (p v)' = v' p'.
+        """
+        probabilities, elements, second = self.forward(softmax.outputs[0])
+        if second is not None and second.name == "BATCH_MATMUL":
+            left, right = self.operands(second, (2,))
+            turned = left != probabilities
+            swaps = bool(second.options["adj_y" if turned else "adj_x"])
+            if elements.ndim >= 2 and swaps != turned:
+                elements = elements.swapaxes(-1, -2)
+            if left != right and probabilities in (left, right) and (np.diff(elements.ravel()) == 1).all():
+                self.used.add(self.producers[second.outputs[0]])
+                return (second, left, not second.options["adj_x"], True) if turned else (
+                    second, right, bool(second.options["adj_y"]), False)
+        found = "the output" if second is None else second.name
+        raise self.error("expected the probabilities to be one side of a BATCH_MATMUL with the values; found "
+                         + (f"{found} of them in another place or order" if found == "BATCH_MATMUL" else found)
+                         + (PRODUCTS if found == "FULLY_CONNECTED" else ""))
+
+    def check_turned(self, value: TensorQuantization, arithmetic: str) -> None:
+        """Refuse values on the left where their runtime computes them by another rule than on the right."""
+        rules = kernel_set(arithmetic)
+        if value.zero_point == 0 and rules.batch_matmul != rules.batch_matmul_asymmetric:
+            raise self.error("BATCH_MATMUL has values of the zero point 0 on its left and probabilities on its right, "
+                             f"which {arithmetic!r} rounds by another rule than a layer: write the product as "
+                             "probabilities times values, or read it with arithmetic='litert-builtin'")
 
     def mul_of_projected(self, operator: Operator) -> MulConstant:
         """A MUL of queries, keys or values as a layer holds it."""
@@ -220,13 +248,15 @@ class Matcher(Blocks):
         roots = []
         for role in INPUTS:
             tensor, elements, _ = self.back(feeds[role])
-            if (elements.ravel()[1:] < elements.ravel()[:-1]).any():
-                raise self.error(
-                    f"expected the input of the {role} projection in the graph's order; found it transposed"
-                )
+            if elements.size != self.size(tensor) or (np.diff(elements.ravel()) != 1).any():
+                if self.alone:
+                    raise self.error(
+                        f"expected the input of the {role} projection to be all of {self.tensor(tensor).name!r} in the "
+                        "graph's order; found a part of it, or another order: block=0 reads the block alone")
+                tensor = feeds[role]  # what calls give is what the projection takes
             quantization = self.quantization(tensor, f"the input of the {role} projection")
             if tensor not in self.graph.inputs and self.alone:
-                quantize = self.use(tensor, "QUANTIZE", f"the input of the {role} projection")
+                quantize = self.use(tensor, "QUANTIZE", f"the input of the {role} projection", ALONE)
                 (tensor,) = self.operands_of_edge(quantize)
                 if tensor not in self.graph.inputs or self.tensor(tensor).dtype != np.float32:
                     raise self.error(
@@ -234,7 +264,7 @@ class Matcher(Blocks):
                     )
             roots.append((tensor, quantization))
         for number in self.graph.inputs:
-            if self.alone and number not in [tensor for tensor, _ in roots]:
+            if self.alone and number not in self.mask_inputs and number not in [tensor for tensor, _ in roots]:
                 raise self.error(
                     f"expected every graph input to feed a projection; found {self.tensor(number).name!r}"
                     " unused"
@@ -258,14 +288,19 @@ class Matcher(Blocks):
             )
         return operator.inputs
 
-    def output(self, context: int, shape: tuple[int, int, int, int], tensors, linears) -> None:
-        """From the context to the graph's output; adds the output projection where there is one."""
+    def output(self, context: int, shape: tuple[int, int, int, int], tensors, linears, *, turned=False) -> None:
+        """From the context to the graph's output; adds the output projection where there is one.
+
+        turned : whether ``shape`` is (B, H, Dv, L)
+        """
         tensor, elements, reader = self.forward(context)
-        merged = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(0, 2, 1, 3)
+        merged = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(
+            (0, 3, 1, 2) if turned else (0, 2, 1, 3))
         if not np.array_equal(elements.ravel(), merged.ravel()):
+            found = f", and {reader.name} behind it" if reader is not None and reader.name != "FULLY_CONNECTED" else ""
             raise self.error(
                 "expected the heads of the context merged to (B, L, H*Dv); found another order, tensor "
-                f"{self.tensor(tensor).name!r}"
+                f"{self.tensor(tensor).name!r}{found}"
             )
         if reader is not None and reader.name == "FULLY_CONNECTED":
             linears["output"], read = self.linear(reader, "output")
