@@ -17,10 +17,11 @@ def folded(operator: Operator, inputs: list[Tensor], output: Tensor) -> np.ndarr
     inputs : the operator's, all constants but of SHAPE
     """
     kind = operator.name
-    made = _ROUNDED.get(kind) or _MOVED.get(kind) or _COMPUTED.get(kind)
+    computed = _COMPARED if any(each.scale is not None for each in inputs) else _COMPUTED
+    made = next((table[kind] for table in (_ROUNDED, _MOVED, _MEASURED, computed) if kind in table), None)
     if made is None or not inputs or operator.options.get("fused_activation_function", 0) or output.dtype is None or (
             kind in _MOVED and not _keeps(kind, inputs, output)) or (
-            kind in _COMPUTED and kind != "SHAPE" and any(each.scale is not None for each in (*inputs, output))):
+            kind in _COMPUTED and output.scale is not None):
         return None
     try:
         with np.errstate(all="ignore"):
@@ -170,10 +171,12 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "CAST": lambda _, output, x: _array(x).astype(output.dtype),
     "SUM": _reduced(np.sum), "REDUCE_PROD": _reduced(np.prod), "REDUCE_MAX": _reduced(np.max),
     "REDUCE_MIN": _reduced(np.min),
-    "SHAPE": lambda _, output, x: np.array(x.shape, output.dtype),
     "RANGE": _range,
     "FILL": _fill,
 }
+
+
+_MEASURED: dict[str, Callable[..., Any]] = {"SHAPE": lambda _, output, x: np.array(x.shape, output.dtype)}
 
 
 # -- between numbers and codes
@@ -197,4 +200,19 @@ def _quantize(_, output, x):
     return (np.clip(np.rint(reals), low, high) + int(output.zero_point[0])).astype(np.int8)
 
 
+def _compared(function) -> Callable[..., Any]:
+    """A comparison of codes of two scales, which runtimes round to 1/256: where that decides nothing."""
+    def made(_, __, x, y):
+        if any(each.scale is None or each.scale.size != 1 or not 0 < each.scale[0] < 1 or each.dtype != np.int8
+               for each in (x, y)):
+            return None
+        x, y = ((each.data.astype(np.float64) - each.zero_point[0]) * np.float64(each.scale[0]) for each in (x, y))
+        near = np.abs(x - y) < 1 / 64
+        return None if (near & ((x != 0) | (y != 0))).any() else np.asarray(function(x, y))
+    return made
+
+
+_COMPARED: dict[str, Callable[..., Any]] = {name: _compared(function) for name, function in {
+    "LESS": np.less, "LESS_EQUAL": np.less_equal, "GREATER": np.greater, "GREATER_EQUAL": np.greater_equal,
+    "EQUAL": np.equal, "NOT_EQUAL": np.not_equal}.items()}
 _ROUNDED: dict[str, Callable[..., Any]] = {"DEQUANTIZE": _dequantize, "QUANTIZE": _quantize}

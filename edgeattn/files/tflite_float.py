@@ -13,7 +13,7 @@ from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import Graph as Nodes
 from edgeattn.files.checkpoints.onnx_rows import PLAIN, rows_of
 from edgeattn.files.checkpoints.onnx_values import NotRead
-from edgeattn.files.tflite_graph import CheckedGraph
+from edgeattn.files.tflite_graph import LONGEST_CHAIN, CheckedGraph
 from edgeattn.files.tflite_nodes import Writer
 from edgeattn.tflite_schema import Operator
 
@@ -30,6 +30,7 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
             nodes = written.nodes()
             if (why := written.unknown.get(softmax.outputs[0])) is not None:
                 raise NotRead(why)
+            _refuse_codes_around(graph, softmax)
             written.check_shapes(nodes)
             found = attention_at(nodes, nodes.maker[written.name(softmax.outputs[0])])
             if alone and not _is_all(nodes, found):
@@ -46,6 +47,22 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
         told.append(f"{graph.name} has int8 weights, and a runtime that quantizes the rows they meet: this is the "
                     "float32 layer of these weights; quant.quantize(layer, scheme='dynamic') makes an int8 one")
     return found.heads, found.kv_heads, found.arguments, told
+
+
+def _refuse_codes_around(graph: CheckedGraph, softmax: Operator) -> None:
+    """Refuse a float32 softmax of scores that are codes before and behind."""
+    tensor = softmax.inputs[0]
+    for _ in range(LONGEST_CHAIN):
+        if (number := graph.producers.get(tensor)) is None or graph.graph.operators[number].name not in (
+                "MUL", "ADD", "SELECT_V2", "RESHAPE", "DEQUANTIZE"):
+            return
+        operator = graph.graph.operators[number]
+        if operator.name == "DEQUANTIZE":
+            raise NotRead(f"its softmax is float32 of int8 scores, {graph.tensor(tensor).name[:60]!r} (of DEQUANTIZE): "
+                          "neither a float32 layer nor a static one. Quantize SOFTMAX too, or read the float file that "
+                          "this was made of, and quant.quantize it")
+        computed = [each for each in operator.inputs if each >= 0 and not graph.is_constant(each)]
+        tensor = computed[-1] if computed else -1
 
 
 def _root(nodes: Nodes, name: str) -> str:

@@ -35,6 +35,7 @@ class CheckedGraph:
         self.mask_inputs: set[int] = set()  # of the graph, from which masks are computed
         self.producers: dict[int, int] = {}
         self.consumers: dict[int, list[int]] = {}
+        self.folds: dict[int, Operator] = {}  # what made constants that the file does not hold
         self.left_to_fold = most_elements  # elements of constants that may yet be computed
         written = set(graph.inputs)
         measured: list[int] = []  # tensors of which a folded SHAPE took the shape
@@ -92,6 +93,7 @@ class CheckedGraph:
         if operator.name != "RESHAPE":  # which is a view
             self.left_to_fold -= size + 1
         tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
+        self.folds[operator.outputs[0]] = operator
         return True
 
     def close(self, operator: Operator) -> None:
@@ -134,8 +136,8 @@ class CheckedGraph:
         found = "a graph input or constant" if number is None else self.graph.operators[number].name
         if found != expected:
             if number is not None and any(each.is_open for each in self.graph.tensors) and found in ("ADD", "RESHAPE"):
-                way_out = (": shapes are open in this file, so that biases stand apart: convert with a fixed batch size "
-                           "(of Keras, Input(batch_size=1))")
+                way_out = (": shapes are open in this file, so biases stand apart: convert with a fixed batch size (of "
+                           "Keras, Input(batch_size=1))")
             raise self.error(
                 f"expected {expected} to compute {role}, tensor {self.tensor(tensor).name!r}; found {found}{way_out}"
             )
@@ -157,7 +159,9 @@ class CheckedGraph:
         tensor = self.tensor(number)
         if tensor.dtype != np.int8:
             found = "an unsupported type" if tensor.dtype is None else str(tensor.dtype)
-            raise self.error(f"expected {role}, tensor {tensor.name!r}, to be int8; found {found}")
+            way_out = "" if tensor.dtype != np.int16 else (
+                ": activations of 16 bits have no layer; quantize to 8, or read the float file that this was made of")
+            raise self.error(f"expected {role}, tensor {tensor.name!r}, to be int8; found {found}{way_out}")
         if tensor.scale is None:
             raise self.error(
                 f"expected {role}, tensor {tensor.name!r}, to have a scale and zero point; found none"
@@ -293,7 +297,8 @@ class CheckedGraph:
         codes, quantization = self.constant(constants[0], np.int8, role), self.quantization(constants[0], role)
         source, output = self.tensor(changing[0]), self.tensor(operator.outputs[0])
         if codes.size != 1 or source.shape != output.shape:
-            raise self.error(f"expected MUL of {source.name!r} by one number; found {codes.size} numbers")
+            raise self.error(f"expected MUL of {source.name!r} by one number; found {codes.size} numbers: read the "
+                             "float file that this was made of, and quant.quantize it")
         return changing[0], int(codes.flat[0]), quantization
 
     def forward(self, tensor: int) -> tuple[int, np.ndarray, Operator | None]:

@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from edgeattn.files.tflite_graph import LONGEST_CHAIN, CheckedGraph
-from edgeattn.quantized import AddMask, MulConstant, SelectMask
+from edgeattn.quantized import AddMask, MulConstant, Requantize, SelectMask
 from edgeattn.tflite_schema import Operator
 
-_SCORE_OPS = ("MUL", "ADD", "SELECT_V2")
+_SCORE_OPS = ("MUL", "ADD", "SELECT_V2", "QUANTIZE")
 _LARGEST_RATIO = 256.0  # of scales
 _WIDEST_STEP = math.log(256)  # of scores: from there on the lower of two has no probability of 1/256
 
@@ -38,7 +38,7 @@ class CheckedScores(CheckedGraph):
                 self.next_operator(tensor)
                 continue
             self.no_activation(operator)
-            inputs = self.operands(operator, (3,) if operator.name == "SELECT_V2" else (2,))
+            inputs = self.operands(operator, {"SELECT_V2": (3,), "QUANTIZE": (1,)}.get(operator.name, (2,)))
             changing = [i for i, number in enumerate(inputs) if number < 0 or not self.is_constant(number)]
             scores = [i for i in changing if inputs[i] >= 0 and self.is_scores(inputs[i])]
             masks = [i for i in changing if i not in scores]
@@ -66,7 +66,7 @@ class CheckedScores(CheckedGraph):
             operator = None if number is None else self.graph.operators[number]
             if operator is not None and operator.name in ("BATCH_MATMUL", "FULLY_CONNECTED"):
                 return True
-            if operator is not None and operator.name in (*_SCORE_OPS, "RESHAPE", "QUANTIZE", "TANH", "TRANSPOSE"):
+            if operator is not None and operator.name in (*_SCORE_OPS, "RESHAPE", "TANH", "TRANSPOSE"):
                 todo += [each for each in operator.inputs if each >= 0]
             if not todo:
                 return False
@@ -87,19 +87,27 @@ class CheckedScores(CheckedGraph):
                 continue
             operator = self.graph.operators[number]
             if operator.name in ("BATCH_MATMUL", "FULLY_CONNECTED", "SOFTMAX"):
-                raise self.error(f"expected masks of scores to be computed of inputs; {self.tensor(tensor).name!r} is of "
-                                 f"what {operator.name} gives, {self.tensor(each).name!r}")
+                raise self.error(f"expected masks of scores to be computed of inputs; {self.tensor(tensor).name!r} is "
+                                 f"of what {operator.name} gives, {self.tensor(each).name!r}")
             self.used.add(number)
             todo += operator.inputs
         if not inputs:
             number = self.producers[tensor]
             raise self.error(f"expected a mask that is constant or computed of inputs; {self.tensor(tensor).name!r} is "
-                             f"computed of constants at run time, by {self.graph.operators[number].name} upon codes: keep "
-                             "the mask in the model as a buffer of its final values")
+                             f"computed of constants at run time, by {self.graph.operators[number].name} upon codes: "
+                             "keep the mask in the model as a buffer of its final values")
         self.mask_inputs |= inputs
-        self.told.append(f"{self.name}: the scores are masked by {self.tensor(tensor).name!r}, which the file computes of "
-                         "an input: it is not part of this layer. Pass the mask to each call, where masked keys have no "
+        self.told.append(f"{self.name}: the scores are masked by {self.tensor(tensor).name!r}, which is computed of an "
+                         "input: it is not part of this layer. Pass the mask to each call, where masked keys have no "
                          "weight at all; bytes are the runtime's where nothing is masked")
+
+    def keeps_all(self, tensor: int) -> bool:
+        """Whether a mask is chosen, by a SELECT_V2 whose condition is one and the same, for all keys alike."""
+        operator = self.folds.get(tensor)
+        while operator is not None and operator.name == "RESHAPE":
+            operator = self.folds.get(operator.inputs[0])
+        condition = None if operator is None or operator.name != "SELECT_V2" else self.tensor(operator.inputs[0]).data
+        return condition is not None and condition.size > 0 and (condition == condition.flat[0]).all()
 
     def check_steps(self, tensor: int) -> None:
         """Tell where a mask took the range of the scores: two that are a step apart share nothing."""
@@ -116,6 +124,9 @@ class CheckedScores(CheckedGraph):
         self.check_shape(operator.outputs[0], scores, f"the result of {operator.name}")
         before = self.of_scores(tensor, f"the scores that {operator.name} takes")
         after = self.of_scores(operator.outputs[0], f"the result of {operator.name}")
+        if operator.name == "QUANTIZE":
+            self.check_multiplier(float(before.scale) / float(after.scale), "QUANTIZE of the scores")
+            return Requantize(after)
         if operator.name == "SELECT_V2" and not self.is_constant(operator.inputs[0]):  # as where all is kept
             return SelectMask(np.ones((1, 1, 1, 1), np.bool_))
         if operator.name == "SELECT_V2":
@@ -140,12 +151,13 @@ class CheckedScores(CheckedGraph):
         quantization = self.of_scores(other, f"the constant of {operator.name}")
         if operator.name == "ADD":
             if max(before.scale, quantization.scale) >= _LARGEST_RATIO * float(after.scale):
+                ratio = max(before.scale, quantization.scale) / float(after.scale)
                 raise self.error(f"ADD of the mask {self.tensor(other).name!r} has input scales over output scale of "
-                                 f"{max(before.scale, quantization.scale) / float(after.scale):.3g}, on which runtimes end "
-                                 "the process: the mask holds minus infinity, or numbers as large. Convert without the "
-                                 "mask and pass it to each call, or write it by masked_fill or where, or read the float "
-                                 "file that this was made of, and quant.quantize it")
-            if codes.size > 1 and np.ptp(codes.astype(np.int32)) * float(quantization.scale) < float(after.scale):
+                                 f"{ratio:.3g}, on which runtimes end the process: the mask holds minus infinity, or "
+                                 "numbers as large. Convert without the mask and pass it to each call, or write it by "
+                                 "masked_fill or where, or read the float file and quant.quantize it")
+            if codes.size > 1 and not self.keeps_all(other) and (
+                    np.ptp(codes.astype(np.int32)) * float(quantization.scale) < float(after.scale)):
                 self.told.append(f"{self.name}: what ADD adds to the scores, {self.tensor(other).name!r}, changes none "
                                  "by a step: a mask of minus infinity that its converter had no code for. Convert "
                                  "without the mask, and pass it to each call")

@@ -25,8 +25,8 @@ from edgeattn.tflite_schema import Operator
 # Ways out, behind what an error found.
 ALONE = "; block=0 reads the block alone"
 FLOAT = ", which a static layer has no place for: read the float file that this was made of, and quant.quantize it"
-PRODUCTS = (" (converters write products of one matrix by one so, which runtimes round otherwise: convert with a batch of "
-            "2, or read the float file that this was made of, and quant.quantize it)")
+PRODUCTS = (", as converters write the product of two matrices, which runtimes round otherwise: convert with a batch "
+            "of 2, or read the float file that this was made of, and quant.quantize it")
 
 
 class Matcher(Blocks):
@@ -53,7 +53,8 @@ class Matcher(Blocks):
         tensors["scores"] = self.of_scores(scores, "the scores")
         if any(operator.name != "MUL" for operator, *_ in score_ops):
             self.check_steps(softmax.inputs[0])
-        product = self.use(scores, "BATCH_MATMUL", "the scores", PRODUCTS)
+        one = self.producer(scores, ("FULLY_CONNECTED",)) is not None
+        product = self.use(scores, "BATCH_MATMUL", "the scores", PRODUCTS if one else FLOAT)
         query, key = self.operands(product, (2,))
         second, value, value_swaps, turned = self.weighting(softmax)
         tensors["context"] = self.quantization(second.outputs[0], "the context")
