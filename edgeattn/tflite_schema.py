@@ -148,9 +148,12 @@ BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "PACK": BuiltinOperator(83, 59, "PackOptions"),
     "UNPACK": BuiltinOperator(88, 64, "UnpackOptions"),
     "REDUCE_MIN": BuiltinOperator(89, 27, "ReducerOptions"),
+    "CAST": BuiltinOperator(53, 0, ""),
+    "SHAPE": BuiltinOperator(77, 0, ""),
     "QUANTIZE": BuiltinOperator(114, 89, "QuantizeOptions"),
     "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
     "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),
+    "BROADCAST_TO": BuiltinOperator(130, 0, ""),
     "GELU": BuiltinOperator(150, 116, "GeluOptions"),
 })
 # What the old int8 field of an operator's code says where the code is greater.

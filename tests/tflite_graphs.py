@@ -9,6 +9,7 @@ from edgeattn.quantized import (
     AddMask,
     MulConstant,
     QuantizedLinear,
+    Requantize,
     SelectMask,
     StaticMultiHeadAttention,
     TensorQuantization,
@@ -231,6 +232,10 @@ def converted(layer, B, L, S, form=None, value_ops=()) -> Graph:
                 op.output,
             )
             operands, name = [scores, constant], "ADD"
+        elif isinstance(op, Requantize):
+            current = op.output
+            scores = apply("QUANTIZE", [scores], graph.tensors[scores].shape, current)
+            continue
         elif isinstance(op, SelectMask):
             keep = op.keep.reshape(op.keep.shape[-2:])
             fill = graph.constant("fill", np.array([op.fill], np.int8), current)
