@@ -60,16 +60,22 @@ class CheckedGraph:
 
     def drop(self, measured: list[int]) -> None:
         """Leave out what was computed for its shape alone."""
+        left = {tensor: len(readers) for tensor, readers in self.consumers.items()}
+        gone: set[int] = set()
         while measured:
             number = self.producers.get(tensor := measured.pop())
-            if number is None or tensor in self.outputs or self.consumers.get(tensor) or len(
+            if number is None or tensor in self.outputs or left.get(tensor) or len(
                     self.graph.operators[number].outputs) > 1:
                 continue
-            self.used.add(number)
+            gone.add(number)
             del self.producers[tensor]
             for each in self.graph.operators[number].inputs:
-                self.consumers[each] = [reader for reader in self.consumers[each] if reader != number]
+                left[each] -= 1
                 measured.append(each)
+        if gone:
+            self.used |= gone
+            self.consumers = {tensor: [reader for reader in readers if reader not in gone]
+                              for tensor, readers in self.consumers.items()}
 
     def error(self, message: str) -> ValueError:
         """The error to raise, with the name of the file."""
@@ -83,15 +89,15 @@ class CheckedGraph:
         inputs, output = [tensors[number] for number in operator.inputs], tensors[operator.outputs[0]]
         if output.data is not None or operator.name != "SHAPE" and any(each.data is None for each in inputs):
             return False
-        if output.is_open:
-            if (shape := shape_of(operator, inputs)) is None:
-                return False
+        shape = shape_of(operator, inputs)
+        if output.is_open and shape is not None:
             output = dataclasses.replace(output, shape=shape, is_open=False)
-        size = math.prod(output.shape)
-        if size > self.left_to_fold or (data := folded(operator, inputs, output)) is None:
+        if output.is_open or shape not in (None, output.shape):
             return False
-        if operator.name != "RESHAPE":  # which is a view
-            self.left_to_fold -= size + 1
+        if operator.name not in ("RESHAPE", "SHAPE"):  # which compute nothing
+            self.left_to_fold -= 1 + max(math.prod(each.shape) for each in (*inputs, output))
+        if self.left_to_fold < 0 or (data := folded(operator, inputs, output)) is None:
+            return False
         tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
         self.folds[operator.outputs[0]] = operator
         return True
@@ -243,6 +249,9 @@ class CheckedGraph:
             self.constant(number, np.int32, f"a number of {name}")
         if name != "SPLIT" and math.prod(output.shape) > self.most_elements:
             self.size(given)
+        shape = shape_of(operator, [Tensor("", elements.shape, elements.dtype), *map(self.tensor, constants)])
+        if name != "SPLIT" and shape not in (None, output.shape):
+            raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {shape}")
         try:
             found = (self.part(operator, elements, given) if name == "SPLIT"
                      else laid_out(operator, elements, [self.tensor(number) for number in constants]))
