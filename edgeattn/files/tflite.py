@@ -30,9 +30,9 @@ def read_tflite(path_or_bytes, *, arithmetic: str | None = None, block=None
     BATCH_MATMUL, any number of MUL by a constant, ADD of a constant mask, SELECT_V2 by a constant mask and QUANTIZE of
     codes, SOFTMAX, BATCH_MATMUL, and an output projection or none; QUANTIZE and DEQUANTIZE at the edges. Keys and
     values may have a zero point, and the first product may have K transposed already or by adj_y, the second the
-    probabilities on either side. Masks that are computed of an input are left out, with a warning. Queries and keys may be multiplied
-    by a constant of one number before their product. Of values such a MUL becomes a part of their projection, which
-    rounds once where the file rounds twice: a warning says so.
+    probabilities on either side. Masks that are computed of an input are left out, with a warning. Queries and keys may
+    be multiplied by a constant of one number before their product. Of values such a MUL becomes a part of their
+    projection, which rounds once where the file rounds twice: a warning says so.
 
     Attention in float32 is found as `MultiHeadAttention.from_onnx` finds it; int8 weights become float32.
 

@@ -42,6 +42,7 @@ _VECTORS = {"[int32]": "<i4", "[int64]": "<i8", "[float32]": "<f4", "[uint8]": "
 _LONGEST_STRING = 1000
 _HIGHEST_RANK = 8
 _MOST_TABLES = 10_000  # of a kind
+_TOLD = 8  # signatures in an error
 _TIMES_READ = 2  # operands, compared with the size of the file
 
 
@@ -189,7 +190,11 @@ class _Parser:
         self.get(model, "Model", "description")  # for a file cut short only there
         subgraphs = self.get(model, "Model", "subgraphs")
         if len(subgraphs) != 1:
-            raise self.error(f"expected one subgraph; found {len(subgraphs)}")
+            named = [self.get(int(position), "SignatureDef", "signature_key") or ""
+                     for position in self.get(model, "Model", "signature_defs")[:_TOLD]]
+            raise self.error(f"expected one subgraph; found {len(subgraphs)}" + (
+                f", signatures {', '.join(map(repr, named))}: convert one of them alone" if len(named) > 1 else
+                ", of composites or control flow: convert the attention alone"))
         subgraph = int(subgraphs[0])
         self.buffers = self.get(model, "Model", "buffers")
         codes = self.tables(model, "Model", "operator_codes", lambda position, _: self.operator_code(position))
