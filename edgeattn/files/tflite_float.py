@@ -51,18 +51,18 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
 
 def _refuse_codes_around(graph: CheckedGraph, softmax: Operator) -> None:
     """Refuse a float32 softmax of scores that are codes before and behind."""
-    tensor = softmax.inputs[0]
+    todo = list(softmax.inputs)
     for _ in range(LONGEST_CHAIN):
-        if (number := graph.producers.get(tensor)) is None or graph.graph.operators[number].name not in (
-                "MUL", "ADD", "SELECT_V2", "RESHAPE", "DEQUANTIZE"):
-            return
-        operator = graph.graph.operators[number]
-        if operator.name == "DEQUANTIZE":
-            raise NotRead(f"its softmax is float32 of int8 scores, {graph.tensor(tensor).name[:60]!r} (of DEQUANTIZE): "
-                          "neither a float32 layer nor a static one. Quantize SOFTMAX too, or read the float file that "
-                          "this was made of, and quant.quantize it")
+        number = graph.producers.get(todo.pop()) if todo else None
+        operator = None if number is None else graph.graph.operators[number]
+        if operator is None or operator.name not in ("MUL", "ADD", "SELECT_V2", "RESHAPE", "DEQUANTIZE"):
+            continue
         computed = [each for each in operator.inputs if each >= 0 and not graph.is_constant(each)]
-        tensor = computed[-1] if computed else -1
+        if operator.name == "DEQUANTIZE" and computed:
+            raise NotRead(f"its softmax is float32 of int8 scores, {graph.tensor(operator.outputs[0]).name[:60]!r} (of "
+                          "DEQUANTIZE): neither a float32 layer nor a static one. Quantize SOFTMAX too, or read the "
+                          "float file that this was made of, and quant.quantize it")
+        todo += computed
 
 
 def _root(nodes: Nodes, name: str) -> str:

@@ -328,6 +328,29 @@ def test_shapes_that_are_computed_of_open_ones(tmp_path):
     assert checked.is_constant(whole)
 
 
+def test_constants_in_half_precision(tmp_path):
+    """DEQUANTIZE of float16, weights and the scale of the scores alike, as TensorFlow writes them."""
+    made = layer()
+    graph = graph_of(exported(made, tmp_path))
+    insert_scale(graph)
+    for number, tensor in list(enumerate(graph.tensors)):
+        if tensor.data is not None and tensor.dtype == np.float32:
+            half = graph.constant(f"{tensor.name} half", tensor.data.astype(np.float16))
+            graph.tensors[number] = dataclasses.replace(tensor, data=None)
+            graph.operators.insert(0, Operator("DEQUANTIZE", (half,), (number,)))
+    np.testing.assert_allclose(read_tflite(serialize(graph))(X), made(X), rtol=0, atol=5e-3)
+
+
+def insert_scale(graph):
+    """Scores times 1, by a constant."""
+    at = [each.name for each in graph.operators].index("SOFTMAX")
+    scores = graph.operators[at].inputs[0]
+    scaled = add_tensor(graph, "scaled", graph.tensors[scores].shape)
+    one = graph.constant("one", np.array(1, np.float32))
+    graph.operators[at] = dataclasses.replace(graph.operators[at], inputs=(scaled,))
+    graph.operators.insert(at, Operator("MUL", (scores, one), (scaled,)))
+
+
 def test_a_float_softmax_of_codes_is_refused(tmp_path):
     graph = graph_of(exported(layer(), tmp_path))
     at = [each.name for each in graph.operators].index("SOFTMAX")
