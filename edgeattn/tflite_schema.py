@@ -22,6 +22,7 @@ DTYPES: Mapping[int, np.dtype] = MappingProxyType({
     0: np.dtype(np.float32), 1: np.dtype(np.float16), 2: np.dtype(np.int32), 3: np.dtype(np.uint8),
     4: np.dtype(np.int64), 6: np.dtype(np.bool_), 7: np.dtype(np.int16), 9: np.dtype(np.int8),
 })
+INT4 = 17  # two codes a byte, the lower half first; read as int8
 TYPE_CODES: Mapping[np.dtype, int] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
@@ -179,6 +180,8 @@ class Tensor:
         The axis that ``scale`` runs along where it has more than one element.
     is_open : bool
         Whether an axis is as long as a call makes it: ``shape`` has a 1 in its place.
+    is_packed : bool
+        Whether the file has two codes of ``data`` in a byte, of 4 bits each.
     """
 
     name: str
@@ -189,6 +192,7 @@ class Tensor:
     zero_point: np.ndarray | None = None
     channel_axis: int = 0
     is_open: bool = False
+    is_packed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

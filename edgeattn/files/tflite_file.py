@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, TABLES, Graph, Operator, Tensor
+from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, INT4, TABLES, Graph, Operator, Tensor
 
 # Others are named in errors alone.
 _OTHER_NAMES = {
@@ -43,7 +43,7 @@ _LONGEST_STRING = 1000
 _HIGHEST_RANK = 8
 _MOST_TABLES = 10_000  # of a kind
 _TOLD = 8  # signatures in an error
-_TIMES_READ = 2  # operands, compared with the size of the file
+_TIMES_READ = 2  # operands, and constants of 4 bits, compared with the size of the file
 
 
 def read_bytes(path_or_bytes) -> tuple[bytes, str]:
@@ -268,10 +268,12 @@ class _Parser:
                 f"{_HIGHEST_RANK} axes, none negative"
             )
         shape = tuple(shape.tolist())
-        dtype = DTYPES.get(self.get(table, "Tensor", "type"))
+        code = self.get(table, "Tensor", "type")
+        dtype = np.dtype(np.int8) if code == INT4 else DTYPES.get(code)
         scale, zero_point, axis = self.quantization(table, name)
         is_open = bool((self.get(table, "Tensor", "shape_signature") < 0).any())
-        return Tensor(name, shape, dtype, self.constant(table, name, shape, dtype), scale, zero_point, axis, is_open)
+        data = self.constant(table, name, shape, dtype, packed=code == INT4)
+        return Tensor(name, shape, dtype, data, scale, zero_point, axis, is_open, code == INT4)
 
     def quantization(self, table: int, name: str) -> tuple[np.ndarray | None, np.ndarray | None, int]:
         position = self.get(table, "Tensor", "quantization")
@@ -279,10 +281,11 @@ class _Parser:
             return None, None, 0
         scale = self.get(position, "QuantizationParameters", "scale")
         zero_point = self.get(position, "QuantizationParameters", "zero_point")
+        if self.get(position, "QuantizationParameters", "details_type") != 0:
+            raise self.error(f"tensor {name!r} has quantization of a kind other than scale and zero point (in blocks, "
+                             "or of several axes): quantize by channels")
         if scale.size == 0:  # float tensors carry min and max only
             return None, None, 0
-        if self.get(position, "QuantizationParameters", "details_type") != 0:
-            raise self.error(f"tensor {name!r} has quantization of a kind other than scale and zero point")
         if zero_point.size == 0:
             zero_point = np.broadcast_to(np.int64(0), scale.shape)
         if zero_point.size != scale.size:
@@ -293,9 +296,12 @@ class _Parser:
                 self.get(position, "QuantizationParameters", "quantized_dimension"))
 
     def constant(
-        self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None
+        self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None, *, packed: bool
     ) -> np.ndarray | None:
-        """The values of a constant tensor; None when it is computed at run time or of no type of DTYPES."""
+        """The values of a constant tensor; None when it is computed at run time or of no type of DTYPES.
+
+        packed : whether a byte has two codes
+        """
         number = self.get(table, "Tensor", "buffer")
         if number >= len(self.buffers):
             raise self.error(
@@ -317,10 +323,17 @@ class _Parser:
             return None
         if self.get(table, "Tensor", "sparsity") is not None:
             raise self.error(f"tensor {name!r} is stored sparse; expected a dense one")
-        expected = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape)
+        expected = (size + 1) // 2 if packed else size * dtype.itemsize
         if raw.size != expected:
             raise self.error(
                 f"tensor {name!r} has a buffer of {raw.size} bytes; its shape {shape} of {dtype} takes"
                 f" {expected}"
             )
+        if packed:
+            self.operands_left -= size  # what is unpacked is no view: buffers may be shared
+            if self.operands_left < 0:
+                raise self.error("is damaged: its tensors share constants of 4 bits")
+            halves = np.stack([raw << 4, raw & 0xF0], axis=-1).ravel()[:size]
+            return (halves.view(np.int8) >> 4).reshape(shape)
         return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)

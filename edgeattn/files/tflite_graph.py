@@ -46,6 +46,9 @@ class CheckedGraph:
                 continue
             for tensor in operator.inputs:
                 if tensor >= 0 and not (tensor in written or self.is_constant(tensor)):
+                    if graph.tensors[tensor].dtype is None:
+                        raise self.error(f"{operator.name} reads {graph.tensors[tensor].name!r}, of a type that is not "
+                                         "read: weights may have 4 or 8 bits, or be float16 or float32")
                     raise self.error(
                         f"{operator.name} reads tensor {graph.tensors[tensor].name!r} before it is computed"
                     )

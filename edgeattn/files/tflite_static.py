@@ -201,6 +201,9 @@ class Matcher(Blocks):
                              f"{operator.options['weights_format']}")
         weight = self.constant(inputs[1], np.int8, f"the weight of the {role} projection")
         stored = self.tensor(inputs[1])
+        if stored.is_packed:
+            raise self.error(f"expected {stored.name!r} in 8 bits; found 4, which only float32 layers are read of: "
+                             "quantize weights to 8 bits, or activations not at all")
         if weight.ndim != 2 or 0 in weight.shape:
             raise self.error(
                 f"expected {stored.name!r} to be (out_features, in_features); found {weight.shape}"

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import flatbuffers
 import numpy as np
 import pytest
 from arrays import numbers as random
@@ -13,7 +14,8 @@ from edgeattn.files.tflite import read_tflite
 from edgeattn.files.tflite_file import parse
 from edgeattn.files.tflite_graph import CheckedGraph
 from edgeattn.quantized import TensorQuantization
-from edgeattn.tflite_schema import Operator
+from edgeattn.tflite_schema import IDENTIFIER, Operator
+from quant.export import tflite
 from quant.export.tflite import serialize
 
 E, H, D, L = 24, 4, 6, 5
@@ -362,3 +364,56 @@ def test_a_float_softmax_of_codes_is_refused(tmp_path):
         dataclasses.replace(graph.operators[at], inputs=(reals,))]
     with pytest.raises(ValueError, match="its softmax is float32 of int8 scores, 'reals' .of DEQUANTIZE.: .* quant.quantize"):
         read_tflite(serialize(graph))
+
+
+def written(model):
+    """The bytes of a file that is given in the terms of its schema."""
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(tflite._write_table(builder, "Model", model), IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def in_four_bits(graph, model):
+    """The weights of the maps as codes of 4 bits, two a byte, scales of each feature; returns what they stand for."""
+    stood_for = []
+    for operator in [each for each in graph.operators if each.name == "FULLY_CONNECTED"]:
+        tensor, weight = model["subgraphs"][0]["tensors"][operator.inputs[1]], graph.tensors[operator.inputs[1]].data
+        scale = np.abs(weight).max(1) / np.float32(7)
+        codes = np.rint(weight / scale[:, None]).astype(np.int8)
+        stood_for.append(codes * scale[:, None])
+        pairs = (codes.ravel().view(np.uint8) & 15).reshape(-1, 2)
+        model["buffers"].append({"data": pairs[:, 0] | pairs[:, 1] << 4})
+        tensor |= {"type": 17, "buffer": len(model["buffers"]) - 1, "quantization": {
+            "scale": scale, "zero_point": np.zeros(len(scale), np.int64)}}
+    return stood_for
+
+
+def test_weights_of_4_bits(tmp_path):
+    graph = graph_of(exported(layer(), tmp_path))
+    model = tflite._model({"serving_default": graph})
+    weights = in_four_bits(graph, model)
+    with pytest.warns(UserWarning, match="has int8 weights"):
+        read = read_tflite(written(model))
+    for name, want in zip(("q_weight", "k_weight", "v_weight", "out_weight"), weights, strict=True):
+        by = D**0.5 if name == "q_weight" else 1  # a file has the scale of the scores there
+        np.testing.assert_allclose(getattr(read, name), want * np.float32(by), rtol=1e-6, atol=0)
+    model["buffers"][-1] = {"data": model["buffers"][-1]["data"][:-1]}
+    with pytest.raises(ValueError, match=r"has a buffer of 287 bytes; its shape \(24, 24\) of int8 takes 288"):
+        read_tflite(written(model))
+
+
+def test_weights_of_2_bits_and_of_blocks_are_refused(tmp_path):
+    graph = graph_of(exported(layer(), tmp_path))
+    number = next(each for each in graph.operators if each.name == "FULLY_CONNECTED").inputs[1]
+    for change_of, message in (({"type": 19}, "of a type that is not read: weights may have 4 or 8 bits"),
+                               ({"quantization": {"details_type": 2}}, "of a kind other than scale and zero point .in blocks")):
+        model = tflite._model({"serving_default": graph})
+        model["subgraphs"][0]["tensors"][number] |= change_of
+        with pytest.raises(ValueError, match=message):
+            read_tflite(written(model))
+
+
+def test_several_signatures_are_told(tmp_path):
+    path = quant.export(layer(), tmp_path / "a.tflite", sequence_length=[L, 2 * L])
+    with pytest.raises(ValueError, match=f"expected one subgraph; found 2, signatures 'length_{L}', 'length_{2 * L}': convert one"):
+        edgeattn.load(path)
