@@ -40,6 +40,11 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
                 if isinstance(array, np.ndarray) and name != "position_bias" and not np.isfinite(array).all():
                     raise NotRead(f"expected weights that are numbers; found NaN or infinity in {name}")
             told = [*found.told, *apart(nodes, found)]
+            if (root := _regrouped(nodes, found.source)) is not None:
+                told.append(f"{graph.name}: the block takes the rows of {root[:99]!r} in another order, as of windows: "
+                            "give calls the rows in the order, and the groups, that the projections take")
+            groups, length = found.apart.projections[0].rows.shape
+            told += graph.tokens_first(nodes.shapes.get(_root(nodes, found.source)), groups // found.heads, length)
     except ValueError as error:
         text = str(error).removeprefix(f"{graph.name}: ")
         raise graph.error(f"{text}; {why}" if (why := written.reason(text)) else text) from None
@@ -74,6 +79,12 @@ def _root(nodes: Nodes, name: str) -> str:
             rows_of(nodes, root, name)
             root = name
     return root
+
+
+def _regrouped(nodes: Nodes, source: str) -> str | None:
+    """The value whose rows another has in another order; None where they are in theirs."""
+    root = _root(nodes, source)
+    return None if (np.diff(rows_of(nodes, source, root)) == 1).all() else root
 
 
 def _is_all(nodes: Nodes, found) -> bool:

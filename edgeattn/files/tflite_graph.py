@@ -328,6 +328,13 @@ class CheckedGraph:
             tensor = found[1].outputs[0]
         return tensor, elements, None if found is None else found[1]
 
+    def tokens_first(self, shape: tuple[int, ...] | None, sequences: int, length: int) -> list[str]:
+        """What is to be told of rows of ``shape``, those of so many sequences."""
+        if shape is None or len(shape) != 3 or shape[:2] != (length, sequences) or length == sequences:
+            return []
+        return [f"{self.name}: rows have the shape (tokens, batch, features) in this file, {shape}: give calls (batch, "
+                "tokens, features)"]
+
     def check_chain(self, path: list, names: tuple[str, ...]) -> None:
         """Refuse more operators in a row than any converter writes."""
         if len(path) > LONGEST_CHAIN:

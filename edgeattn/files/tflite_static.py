@@ -101,6 +101,7 @@ class Matcher(Blocks):
                 float(left_scale) * float(tensors[right].scale) / float(tensors[out].scale), what
             )
 
+        self.told += self.tokens_first(self.tensor(self.back(feeds["query"])[0]).shape, B, L)
         sources = self.inputs(feeds, tensors)
         self.output(second.outputs[0], context, tensors, linears, turned=turned)
         for number, operator in enumerate(self.graph.operators):

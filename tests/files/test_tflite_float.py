@@ -417,3 +417,23 @@ def test_several_signatures_are_told(tmp_path):
     path = quant.export(layer(), tmp_path / "a.tflite", sequence_length=[L, 2 * L])
     with pytest.raises(ValueError, match=f"expected one subgraph; found 2, signatures 'length_{L}', 'length_{2 * L}': convert one"):
         edgeattn.load(path)
+
+
+def test_rows_that_a_block_takes_in_another_order_are_told(tmp_path):
+    """As windows of an image: rows of two sequences, side by side."""
+    made = layer()
+    graph = graph_of(exported(made, tmp_path))
+    x = graph.inputs[0]
+    mixed, turned, regrouped = (add_tensor(graph, name, shape) for name, shape in (
+        ("mixed", (2, L, E)), ("turned", (L, 2, E)), ("regrouped", (2, L, E))))
+    graph.operators = [
+        Operator("TRANSPOSE", (mixed, numbers(graph, 1, 0, 2)), (turned,)),
+        Operator("RESHAPE", (turned, numbers(graph, 2, L, E)), (regrouped,)),
+        *(dataclasses.replace(each, inputs=tuple(regrouped if n == x else n for n in each.inputs))
+          for each in graph.operators)]
+    graph.inputs = [mixed]
+    with pytest.warns(UserWarning, match="the block takes the rows of 'mixed.*' in another order, as of windows: give calls"):
+        read = read_tflite(serialize(graph), block=0)
+    np.testing.assert_allclose(read(X), made(X), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="expected attention alone, and rows given in the order in which they came"):
+        read_tflite(serialize(graph))

@@ -9,7 +9,9 @@ import tflite_graphs as graphs
 from runtimes import each_runtime
 
 import edgeattn
+import quant
 from edgeattn.files.tflite import read_tflite
+from edgeattn.files.tflite_file import parse
 from edgeattn.quantized import (
     AddMask,
     QuantizedLinear,
@@ -324,4 +326,32 @@ def test_numbers_of_each_head_are_refused(rng):
     factor = graph.operators[of(graph, "MUL")].inputs[1]
     replace_tensor(graph, factor, shape=(1, 2, 1, 1), data=np.array([3, 4], np.int8).reshape(1, 2, 1, 1))
     with pytest.raises(ValueError, match="by one number; found 2 numbers: read the float file .* quant.quantize it"):
+        read_tflite(serialize(graph))
+
+
+@pytest.mark.parametrize("kind", ["static", "float"])
+def test_tokens_before_the_batch_are_told(rng, tmp_path, kind):
+    """As nn.MultiheadAttention has them unless told otherwise."""
+    layer = graphs.random_layer(rng)
+    if kind == "float":
+        path = quant.export(edgeattn.MultiHeadAttention(2, *(rng.standard_normal((8, 8), np.float32) for _ in range(4))),
+                            tmp_path / "a.tflite", sequence_length=L)
+        graph = parse(path.read_bytes(), "a.tflite")
+    else:
+        graph = graphs.converted(layer, 1, L, L)
+    read_tflite(serialize(graph))
+    for number in (*graph.inputs, *graph.outputs):
+        replace_tensor(graph, number, shape=(L, 1, 8))
+    for operator in graph.operators:
+        if operator.outputs[0] in graph.outputs and operator.name == "RESHAPE":
+            replace_tensor(graph, operator.inputs[1], data=np.array((L, 1, 8), np.int32))
+        if operator.name == "FULLY_CONNECTED" and operator.inputs[0] in graph.inputs:
+            replace_tensor(graph, operator.outputs[0], shape=(L, 1, 8))
+    if kind == "float":
+        last = graph.operators[-1]
+        rows = graph.activation("rows", (1, L, 8), np.float32)
+        shape = graph.constant("tokens first", np.array((L, 1, 8), np.int32))
+        graph.operators[-1] = dataclasses.replace(last, outputs=(rows,))
+        graph.operators.append(Operator("RESHAPE", (rows, shape), last.outputs))
+    with pytest.warns(UserWarning, match=r"rows have the shape \(tokens, batch, features\) .*, \(6, 1, 8\): give calls \(batch"):
         read_tflite(serialize(graph))
