@@ -200,6 +200,22 @@ def add_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
     return to_code(scaled(total, twice / (2.0**20 * np.float64(so))), output_q[1])
 
 
+def convert_codes(rule: str, codes, input_q, output_q) -> np.ndarray:
+    """QUANTIZE of an int8 array: the same numbers in another quantization. ``*_q`` are (scale, zero_point) pairs.
+
+    XNNPACK's multiplier has 8 bits behind the point (``xnn_convert``) and one rounding, halves up; what is outside its
+    range ruy's rule computes. The others are requantization rules.
+    """
+    ratio = np.float32(input_q[0]) / np.float32(output_q[0])
+    acc = np.asarray(codes, np.int64) - input_q[1]
+    if rule == "xnn_convert":
+        if 2.0**-8 <= ratio <= 2.0**7:
+            return to_code((acc * int(np.rint(np.float32(256) * ratio)) + 128) >> 8, output_q[1])
+        rule = "ruy"
+    real = np.float64(np.float32(input_q[0])) / np.float64(np.float32(output_q[0]))
+    return to_code(REQUANTIZE[rule](acc, *quantize_multiplier(float(real)), real), output_q[1])
+
+
 def _gelu(x: float) -> float:
     return 0.5 * x * math.erfc(-x * math.sqrt(0.5))
 
@@ -406,22 +422,23 @@ class KernelSet(NamedTuple):
     mul: str
     add: str
     softmax: str
+    convert: str  # QUANTIZE of codes
 
 
 # fmt: off
 KERNEL_SETS: dict[str, KernelSet] = {row.name: row for row in (
     KernelSet("litert", "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), x86-64", np.float32,
-              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_f32"),
+              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_f32", "xnn_convert"),
     KernelSet("litert-arm", "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), aarch64", np.float32,
-              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_u16"),
+              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_u16", "xnn_convert"),
     KernelSet("litert-builtin", "ai-edge-litert, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86-64", np.float32,
-              "ruy", "double", "double", "double", "double", "lut_f32"),
+              "ruy", "double", "double", "double", "double", "lut_f32", "ruy"),
     KernelSet("litert-reference", "ai-edge-litert, BUILTIN_REF, x86-64 and aarch64", np.float32,
-              "float64", "double", "double", "double", "double", "fixed"),
+              "float64", "double", "double", "double", "double", "fixed", "double"),
     KernelSet("tflite-runtime", "tflite-runtime 2.14, default resolver, x86-64", np.float32,
-              "ruy", "ruy", "ruy", "double", "double", "lut_f32"),
+              "ruy", "ruy", "ruy", "double", "double", "lut_f32", "double"),
     KernelSet("tflm", "TFLite Micro, and CMSIS-NN, which promises equality with it", np.float64,
-              "double", "double", "double", "double", "double", "fixed"),
+              "double", "double", "double", "double", "double", "fixed", "double"),
 )}
 # fmt: on
 

@@ -22,6 +22,7 @@ DTYPES: Mapping[int, np.dtype] = MappingProxyType({
     0: np.dtype(np.float32), 1: np.dtype(np.float16), 2: np.dtype(np.int32), 3: np.dtype(np.uint8),
     4: np.dtype(np.int64), 6: np.dtype(np.bool_), 7: np.dtype(np.int16), 9: np.dtype(np.int8),
 })
+INT4 = 17  # two codes a byte, the lower half first; read as int8
 TYPE_CODES: Mapping[np.dtype, int] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
@@ -55,7 +56,8 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "Tensor": {
         "shape": Field(0, "[int32]"), "type": Field(1, "int8"), "buffer": Field(2, "uint32"),
         "name": Field(3, "string"), "quantization": Field(4, "QuantizationParameters"),
-        "sparsity": Field(6, "SparsityParameters"), "has_rank": Field(8, "bool"),
+        "sparsity": Field(6, "SparsityParameters"), "shape_signature": Field(7, "[int32]"),
+        "has_rank": Field(8, "bool"),
         "external_buffer": Field(10, "uint32"),
     },
     "QuantizationParameters": {
@@ -89,6 +91,19 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "ConcatenationOptions": {"axis": Field(0, "int32"), "fused_activation_function": Field(1, "int8")},
     "SliceOptions": {},
     "SplitOptions": {"num_splits": Field(0, "int32")},
+    "Conv2DOptions": {
+        "padding": Field(0, "int8"), "stride_w": Field(1, "int32"), "stride_h": Field(2, "int32"),
+        "fused_activation_function": Field(3, "int8"), "dilation_w_factor": Field(4, "int32", 1),
+        "dilation_h_factor": Field(5, "int32", 1),
+    },
+    "DivOptions": {"fused_activation_function": Field(0, "int8")},
+    "SqueezeOptions": {"squeeze_dims": Field(0, "[int32]")},
+    "StridedSliceOptions": {
+        "begin_mask": Field(0, "int32"), "end_mask": Field(1, "int32"), "ellipsis_mask": Field(2, "int32"),
+        "new_axis_mask": Field(3, "int32"), "shrink_axis_mask": Field(4, "int32"), "offset": Field(5, "bool"),
+    },
+    "PackOptions": {"values_count": Field(0, "int32"), "axis": Field(1, "int32")},
+    "UnpackOptions": {"num": Field(0, "int32"), "axis": Field(1, "int32")},
     "NotEqualOptions": {},
     "TransposeOptions": {},
     "SelectV2Options": {},
@@ -109,6 +124,7 @@ class BuiltinOperator:
 BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "ADD": BuiltinOperator(0, 11, "AddOptions"),
     "CONCATENATION": BuiltinOperator(2, 10, "ConcatenationOptions"),
+    "CONV_2D": BuiltinOperator(3, 1, "Conv2DOptions"),
     "DEQUANTIZE": BuiltinOperator(6, 38, "DequantizeOptions"),
     "FULLY_CONNECTED": BuiltinOperator(9, 8, "FullyConnectedOptions"),
     "LOGISTIC": BuiltinOperator(14, 0, ""),
@@ -120,13 +136,25 @@ BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "TRANSPOSE": BuiltinOperator(39, 26, "TransposeOptions"),
     "MEAN": BuiltinOperator(40, 27, "ReducerOptions"),
     "SUB": BuiltinOperator(41, 28, "SubOptions"),
+    "DIV": BuiltinOperator(42, 29, "DivOptions"),
+    "SQUEEZE": BuiltinOperator(43, 30, "SqueezeOptions"),
+    "STRIDED_SLICE": BuiltinOperator(45, 32, "StridedSliceOptions"),
     "SPLIT": BuiltinOperator(49, 35, "SplitOptions"),
     "SLICE": BuiltinOperator(65, 48, "SliceOptions"),
     "NOT_EQUAL": BuiltinOperator(72, 55, "NotEqualOptions"),
+    "SUM": BuiltinOperator(74, 27, "ReducerOptions"),
     "RSQRT": BuiltinOperator(76, 0, ""),
+    "REDUCE_PROD": BuiltinOperator(81, 27, "ReducerOptions"),
+    "REDUCE_MAX": BuiltinOperator(82, 27, "ReducerOptions"),
+    "PACK": BuiltinOperator(83, 59, "PackOptions"),
+    "UNPACK": BuiltinOperator(88, 64, "UnpackOptions"),
+    "REDUCE_MIN": BuiltinOperator(89, 27, "ReducerOptions"),
+    "CAST": BuiltinOperator(53, 0, ""),
+    "SHAPE": BuiltinOperator(77, 0, ""),
     "QUANTIZE": BuiltinOperator(114, 89, "QuantizeOptions"),
     "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
     "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),
+    "BROADCAST_TO": BuiltinOperator(130, 0, ""),
     "GELU": BuiltinOperator(150, 116, "GeluOptions"),
 })
 # What the old int8 field of an operator's code says where the code is greater.
@@ -150,6 +178,10 @@ class Tensor:
     zero_point : int64, as ``scale``, or None
     channel_axis : int
         The axis that ``scale`` runs along where it has more than one element.
+    is_open : bool
+        Whether an axis is as long as a call makes it: ``shape`` has a 1 in its place.
+    is_packed : bool
+        Whether the file has two codes of ``data`` in a byte, of 4 bits each.
     """
 
     name: str
@@ -159,6 +191,8 @@ class Tensor:
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
     channel_axis: int = 0
+    is_open: bool = False
+    is_packed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,14 @@ from edgeattn.cli_open import hints_of, open_model
 from edgeattn.files.tflite import blocks_of
 from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
+from edgeattn.quantized import (
+    INPUTS,
+    AddMask,
+    DynamicMultiHeadAttention,
+    MulConstant,
+    Requantize,
+    StaticMultiHeadAttention,
+)
 from edgeattn.summary import summary
 from quant.calibration import Calibration, is_calibration
 from quant.model_calibration import ModelCalibration, is_model_calibration
@@ -205,6 +212,8 @@ def _describe_op(op) -> str:
         return f"MulConstant by {float(op.constant.dequantize(op.code)):.6g}, output scale {op.output.scale:.8g}"
     if isinstance(op, AddMask):
         return f"AddMask of shape {op.codes.shape}, lowest {float(op.mask.dequantize(op.codes).min()):.6g}"
+    if isinstance(op, Requantize):
+        return f"Requantize, output scale {op.output.scale:.8g}"
     return f"SelectMask of shape {op.keep.shape}, {op.keep.mean():.1%} permitted, fill {op.fill}"
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from tflite_graphs import converted_score_ops, random_layer, random_scaling
 
-from edgeattn.quantized import SelectMask, StaticMultiHeadAttention
+from edgeattn.quantized import Requantize, SelectMask, StaticMultiHeadAttention, TensorQuantization
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ CASES = [
     _case("two masks", L=9, mask="causal", ops=(SelectMask(_keep(9)),)),
     _case("two masks of different fills", L=9, mask="causal", ops=(SelectMask(_keep(9), -100),)),
     _case("fill that is not the lowest code", L=9, ops=(SelectMask(np.tri(9, dtype=bool), -90),)),
+    _case("scores made to fit a mask", L=9, ops=(Requantize(TensorQuantization(0.11, 7)), SelectMask(np.tri(9, dtype=bool)))),
     _case("converted by TensorFlow: MUL and ADD", L=6, ops="converted"),
     _case("converted by TensorFlow, and a mask", L=7, B=2, mask=_prefix(7, 5, 2), ops="converted"),
     _case("MUL of queries", L=7, B=2, scaled=("query",)),

@@ -9,6 +9,7 @@ from edgeattn.quantized import (
     AddMask,
     MulConstant,
     QuantizedLinear,
+    Requantize,
     SelectMask,
     StaticMultiHeadAttention,
     TensorQuantization,
@@ -241,6 +242,9 @@ class _Converter:
             elif isinstance(op, AddMask):
                 constant = self.graph.constant("mask", op.codes.reshape(op.codes.shape[-2:]), op.mask)
                 scores, current = self.apply_to(scores, "ADD", constant, op.output), op.output
+            elif isinstance(op, Requantize):
+                current = op.output
+                scores = self.apply("QUANTIZE", [scores], self.shape(scores), current)
             elif isinstance(op, SelectMask):
                 keep = op.keep.reshape(op.keep.shape[-2:])
                 fill = self.graph.constant("fill", np.array([op.fill], np.int8), current)

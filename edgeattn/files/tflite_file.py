@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, TABLES, Graph, Operator, Tensor
+from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, INT4, TABLES, Graph, Operator, Tensor
 
 # Others are named in errors alone.
 _OTHER_NAMES = {
-    1: "AVERAGE_POOL_2D", 3: "CONV_2D", 4: "DEPTHWISE_CONV_2D", 11: "L2_NORMALIZATION", 17: "MAX_POOL_2D", 21: "RELU6",
-    28: "TANH", 34: "PAD", 42: "DIV", 43: "SQUEEZE", 45: "STRIDED_SLICE", 47: "EXP", 48: "TOPK_V2", 50: "LOG_SOFTMAX",
-    53: "CAST", 54: "PRELU", 55: "MAXIMUM", 57: "MINIMUM", 58: "LESS", 59: "NEG", 61: "GREATER", 62: "GREATER_EQUAL",
-    63: "LESS_EQUAL", 64: "SELECT", 66: "SIN", 69: "TILE", 70: "EXPAND_DIMS", 71: "EQUAL", 74: "SUM", 75: "SQRT",
-    77: "SHAPE", 78: "POW", 82: "REDUCE_MAX", 83: "PACK", 84: "LOGICAL_OR", 86: "LOGICAL_AND", 87: "LOGICAL_NOT",
-    88: "UNPACK", 92: "SQUARE", 94: "FILL", 96: "RANGE", 98: "LEAKY_RELU", 99: "SQUARED_DIFFERENCE", 101: "ABS",
-    102: "SPLIT_V", 107: "GATHER_ND", 108: "COS", 109: "WHERE", 117: "HARD_SWISH", 128: "CUMSUM", 130: "BROADCAST_TO",
+    1: "AVERAGE_POOL_2D", 4: "DEPTHWISE_CONV_2D", 7: "EMBEDDING_LOOKUP", 8: "FLOOR", 11: "L2_NORMALIZATION",
+    17: "MAX_POOL_2D", 21: "RELU6", 28: "TANH", 34: "PAD", 47: "EXP", 48: "TOPK_V2", 50: "LOG_SOFTMAX",
+    54: "PRELU", 55: "MAXIMUM", 57: "MINIMUM", 58: "LESS", 59: "NEG", 61: "GREATER", 62: "GREATER_EQUAL",
+    63: "LESS_EQUAL", 64: "SELECT", 66: "SIN", 69: "TILE", 70: "EXPAND_DIMS", 71: "EQUAL", 73: "LOG", 75: "SQRT",
+    78: "POW", 84: "LOGICAL_OR", 86: "LOGICAL_AND", 87: "LOGICAL_NOT", 90: "FLOOR_DIV", 91: "REDUCE_ANY",
+    92: "SQUARE", 93: "ZEROS_LIKE", 94: "FILL", 95: "FLOOR_MOD", 96: "RANGE", 98: "LEAKY_RELU",
+    99: "SQUARED_DIFFERENCE", 101: "ABS", 102: "SPLIT_V", 107: "GATHER_ND", 108: "COS", 109: "WHERE", 117: "HARD_SWISH",
+    128: "CUMSUM", 140: "REDUCE_ALL", 158: "SIGN", 206: "STABLEHLO_COMPOSITE",
 }
 _OPERATOR_NAMES = _OTHER_NAMES | {builtin.code: name for name, builtin in BUILTIN_OPERATORS.items()}
 _SCALARS = {
@@ -41,7 +42,8 @@ _VECTORS = {"[int32]": "<i4", "[int64]": "<i8", "[float32]": "<f4", "[uint8]": "
 _LONGEST_STRING = 1000
 _HIGHEST_RANK = 8
 _MOST_TABLES = 10_000  # of a kind
-_TIMES_READ = 2  # operands, compared with the size of the file
+_TOLD = 8  # signatures in an error
+_TIMES_READ = 2  # operands, and constants of 4 bits, compared with the size of the file
 
 
 def read_bytes(path_or_bytes) -> tuple[bytes, str]:
@@ -188,7 +190,11 @@ class _Parser:
         self.get(model, "Model", "description")  # for a file cut short only there
         subgraphs = self.get(model, "Model", "subgraphs")
         if len(subgraphs) != 1:
-            raise self.error(f"expected one subgraph; found {len(subgraphs)}")
+            named = [self.get(int(position), "SignatureDef", "signature_key") or ""
+                     for position in self.get(model, "Model", "signature_defs")[:_TOLD]]
+            raise self.error(f"expected one subgraph; found {len(subgraphs)}" + (
+                f", signatures {', '.join(map(repr, named))}: convert one of them alone" if len(named) > 1 else
+                ", of composites or control flow: convert the attention alone"))
         subgraph = int(subgraphs[0])
         self.buffers = self.get(model, "Model", "buffers")
         codes = self.tables(model, "Model", "operator_codes", lambda position, _: self.operator_code(position))
@@ -262,9 +268,12 @@ class _Parser:
                 f"{_HIGHEST_RANK} axes, none negative"
             )
         shape = tuple(shape.tolist())
-        dtype = DTYPES.get(self.get(table, "Tensor", "type"))
+        code = self.get(table, "Tensor", "type")
+        dtype = np.dtype(np.int8) if code == INT4 else DTYPES.get(code)
         scale, zero_point, axis = self.quantization(table, name)
-        return Tensor(name, shape, dtype, self.constant(table, name, shape, dtype), scale, zero_point, axis)
+        is_open = bool((self.get(table, "Tensor", "shape_signature") < 0).any())
+        data = self.constant(table, name, shape, dtype, packed=code == INT4)
+        return Tensor(name, shape, dtype, data, scale, zero_point, axis, is_open, code == INT4)
 
     def quantization(self, table: int, name: str) -> tuple[np.ndarray | None, np.ndarray | None, int]:
         position = self.get(table, "Tensor", "quantization")
@@ -272,10 +281,11 @@ class _Parser:
             return None, None, 0
         scale = self.get(position, "QuantizationParameters", "scale")
         zero_point = self.get(position, "QuantizationParameters", "zero_point")
+        if self.get(position, "QuantizationParameters", "details_type") != 0:
+            raise self.error(f"tensor {name!r} has quantization of a kind other than scale and zero point (in blocks, "
+                             "or of several axes): quantize by channels")
         if scale.size == 0:  # float tensors carry min and max only
             return None, None, 0
-        if self.get(position, "QuantizationParameters", "details_type") != 0:
-            raise self.error(f"tensor {name!r} has quantization of a kind other than scale and zero point")
         if zero_point.size == 0:
             zero_point = np.broadcast_to(np.int64(0), scale.shape)
         if zero_point.size != scale.size:
@@ -286,9 +296,12 @@ class _Parser:
                 self.get(position, "QuantizationParameters", "quantized_dimension"))
 
     def constant(
-        self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None
+        self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None, *, packed: bool
     ) -> np.ndarray | None:
-        """The values of a constant tensor; None when it is computed at run time or of no type of DTYPES."""
+        """The values of a constant tensor; None when it is computed at run time or of no type of DTYPES.
+
+        packed : whether a byte has two codes
+        """
         number = self.get(table, "Tensor", "buffer")
         if number >= len(self.buffers):
             raise self.error(
@@ -310,10 +323,17 @@ class _Parser:
             return None
         if self.get(table, "Tensor", "sparsity") is not None:
             raise self.error(f"tensor {name!r} is stored sparse; expected a dense one")
-        expected = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape)
+        expected = (size + 1) // 2 if packed else size * dtype.itemsize
         if raw.size != expected:
             raise self.error(
                 f"tensor {name!r} has a buffer of {raw.size} bytes; its shape {shape} of {dtype} takes"
                 f" {expected}"
             )
+        if packed:
+            self.operands_left -= size  # what is unpacked is no view: buffers may be shared
+            if self.operands_left < 0:
+                raise self.error("is damaged: its tensors share constants of 4 bits")
+            halves = np.stack([raw << 4, raw & 0xF0], axis=-1).ravel()[:size]
+            return (halves.view(np.int8) >> 4).reshape(shape)
         return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)

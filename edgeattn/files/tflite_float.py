@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_graphs import apart
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import Graph as Nodes
-from edgeattn.files.checkpoints.onnx_rows import root_of, rows_of
+from edgeattn.files.checkpoints.onnx_rows import PLAIN, rows_of
 from edgeattn.files.checkpoints.onnx_values import NotRead
-from edgeattn.files.tflite_graph import CheckedGraph
+from edgeattn.files.tflite_graph import LONGEST_CHAIN, CheckedGraph
 from edgeattn.files.tflite_nodes import Writer
 from edgeattn.tflite_schema import Operator
 
@@ -27,6 +28,9 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
     try:
         with np.errstate(all="ignore"):
             nodes = written.nodes()
+            if (why := written.unknown.get(softmax.outputs[0])) is not None:
+                raise NotRead(why)
+            _refuse_codes_around(graph, softmax)
             written.check_shapes(nodes)
             found = attention_at(nodes, nodes.maker[written.name(softmax.outputs[0])])
             if alone and not _is_all(nodes, found):
@@ -36,23 +40,61 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
                 if isinstance(array, np.ndarray) and name != "position_bias" and not np.isfinite(array).all():
                     raise NotRead(f"expected weights that are numbers; found NaN or infinity in {name}")
             told = [*found.told, *apart(nodes, found)]
+            if (root := _regrouped(nodes, found.source)) is not None:
+                told.append(f"{graph.name}: the block takes the rows of {root[:99]!r} in another order, as of windows: "
+                            "give calls the rows in the order, and the groups, that the projections take")
+            groups, length = found.apart.projections[0].rows.shape
+            told += graph.tokens_first(nodes.shapes.get(_root(nodes, found.source)), groups // found.heads, length)
     except ValueError as error:
-        text = str(error)
-        raise (error if text.startswith(graph.name) else graph.error(text)) from None
+        text = str(error).removeprefix(f"{graph.name}: ")
+        raise graph.error(f"{text}; {why}" if (why := written.reason(text)) else text) from None
     if written.hybrid:
         told.append(f"{graph.name} has int8 weights, and a runtime that quantizes the rows they meet: this is the "
                     "float32 layer of these weights; quant.quantize(layer, scheme='dynamic') makes an int8 one")
     return found.heads, found.kv_heads, found.arguments, told
 
 
+def _refuse_codes_around(graph: CheckedGraph, softmax: Operator) -> None:
+    """Refuse a float32 softmax of scores that are codes before and behind."""
+    todo = list(softmax.inputs)
+    for _ in range(LONGEST_CHAIN):
+        number = graph.producers.get(todo.pop()) if todo else None
+        operator = None if number is None else graph.graph.operators[number]
+        if operator is None or operator.name not in ("MUL", "ADD", "SELECT_V2", "RESHAPE", "DEQUANTIZE"):
+            continue
+        computed = [each for each in operator.inputs if each >= 0 and not graph.is_constant(each)]
+        if operator.name == "DEQUANTIZE" and computed:
+            raise NotRead(f"its softmax is float32 of int8 scores, {graph.tensor(operator.outputs[0]).name[:60]!r} (of "
+                          "DEQUANTIZE): neither a float32 layer nor a static one. Quantize SOFTMAX too, or read the "
+                          "float file that this was made of, and quant.quantize it")
+        todo += computed
+
+
+def _root(nodes: Nodes, name: str) -> str:
+    """The furthest value whose rows, of a token's features each, a value has in another layout."""
+    root = name
+    while (node := nodes.maker.get(name)) is not None and node.op_type in PLAIN and nodes.constant(name) is None:
+        name = node.input[0]
+        with contextlib.suppress(NotRead):
+            rows_of(nodes, root, name)
+            root = name
+    return root
+
+
+def _regrouped(nodes: Nodes, source: str) -> str | None:
+    """The value whose rows another has in another order; None where they are in theirs."""
+    root = _root(nodes, source)
+    return None if (np.diff(rows_of(nodes, source, root)) == 1).all() else root
+
+
 def _is_all(nodes: Nodes, found) -> bool:
     """Whether a graph is attention from its inputs to its output, and gives the rows of the first in their order."""
-    if len(nodes.outputs) != 1 or any(root_of(nodes, source) not in nodes.inputs for source in found.sources):
+    if len(nodes.outputs) != 1 or any(_root(nodes, source) not in nodes.inputs for source in found.sources):
         return False
     (output,) = nodes.outputs
-    came = rows_of(nodes, found.source, root_of(nodes, found.source))
+    came = rows_of(nodes, found.source, _root(nodes, found.source))
     if found.order is not None:
-        if root_of(nodes, output) != root_of(nodes, found.end):
+        if _root(nodes, output) != _root(nodes, found.end):
             return False
         rows = came[found.order[rows_of(nodes, output, found.end)]]
         return bool((rows == np.arange(rows.size)).all())

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from edgeattn.files.tflite_constants import folded, laid_out
+from edgeattn.files.tflite_shapes import shape_of
 from edgeattn.quantized.parameters import LARGEST_SCALE, LARGEST_SCORE_SCALE, SMALLEST_SCALE, TensorQuantization
 from edgeattn.tflite_schema import Graph, Operator, Tensor
 
@@ -14,11 +16,14 @@ from edgeattn.tflite_schema import Graph, Operator, Tensor
 LONGEST_CHAIN = 16
 _LARGEST_MULTIPLIER = 256.0
 _MOVES = ("RESHAPE", "TRANSPOSE")
-_CUTS = ("SLICE", "SPLIT")
+_SHAPED = ("SQUEEZE", "EXPAND_DIMS")
+_CUTS = ("SLICE", "SPLIT", "STRIDED_SLICE", "GATHER", "BROADCAST_TO")  # what may leave elements out, or have them twice
 
 
 class CheckedGraph:
     """A graph whose parts are looked at with checks. ``used`` collects the operators that were recognised."""
+
+    alone = True  # whether all of the graph must be one attention block
 
     def __init__(self, graph: Graph, name: str, most_elements: int):
         self.graph = graph
@@ -27,15 +32,23 @@ class CheckedGraph:
         self.outputs = set(graph.outputs)
         self.used: set[int] = set()
         self.told: list[str] = []
+        self.mask_inputs: set[int] = set()  # of the graph, from which masks are computed
         self.producers: dict[int, int] = {}
         self.consumers: dict[int, list[int]] = {}
+        self.folds: dict[int, Operator] = {}  # what made constants that the file does not hold
+        self.left_to_fold = most_elements  # elements of constants that may yet be computed
         written = set(graph.inputs)
+        measured: list[int] = []  # tensors of which a folded SHAPE took the shape
         for number, operator in enumerate(graph.operators):
             if self.fold(operator):
                 self.used.add(number)
+                measured += operator.inputs if operator.name == "SHAPE" else ()
                 continue
             for tensor in operator.inputs:
                 if tensor >= 0 and not (tensor in written or self.is_constant(tensor)):
+                    if graph.tensors[tensor].dtype is None:
+                        raise self.error(f"{operator.name} reads {graph.tensors[tensor].name!r}, of a type that is not "
+                                         "read: weights may have 4 or 8 bits, or be float16 or float32")
                     raise self.error(
                         f"{operator.name} reads tensor {graph.tensors[tensor].name!r} before it is computed"
                     )
@@ -45,35 +58,60 @@ class CheckedGraph:
                     raise self.error(f"tensor {graph.tensors[tensor].name!r} is written twice")
                 written.add(tensor)
                 self.producers[tensor] = number
+            self.close(operator)
+        self.drop(measured)
+
+    def drop(self, measured: list[int]) -> None:
+        """Leave out what was computed for its shape alone."""
+        left = {tensor: len(readers) for tensor, readers in self.consumers.items()}
+        gone: set[int] = set()
+        while measured:
+            number = self.producers.get(tensor := measured.pop())
+            if number is None or tensor in self.outputs or left.get(tensor) or len(
+                    self.graph.operators[number].outputs) > 1:
+                continue
+            gone.add(number)
+            del self.producers[tensor]
+            for each in self.graph.operators[number].inputs:
+                left[each] -= 1
+                measured.append(each)
+        if gone:
+            self.used |= gone
+            self.consumers = {tensor: [reader for reader in readers if reader not in gone]
+                              for tensor, readers in self.consumers.items()}
 
     def error(self, message: str) -> ValueError:
         """The error to raise, with the name of the file."""
         return ValueError(f"{self.name}: {message}")
 
     def fold(self, operator: Operator) -> bool:
-        """Whether an operator has constants only, and what it gives became one: masks that converters leave so."""
+        """Whether an operator has constants only, and what it gives became one: masks and shapes that are left so."""
         tensors = self.graph.tensors
-        counts = {"RESHAPE": (1, 2), "SELECT_V2": (3,)}.get(operator.name, ())
-        if len(operator.inputs) not in counts or len(operator.outputs) != 1 or any(
-                number < 0 or tensors[number].data is None for number in operator.inputs):
+        if len(operator.outputs) != 1 or not operator.inputs or min(operator.inputs) < 0:
             return False
-        output = tensors[operator.outputs[0]]
-        inputs = [tensors[number] for number in operator.inputs]
-        values = inputs[:1] if operator.name == "RESHAPE" else inputs[1:]
-        if output.data is not None or math.prod(output.shape) > self.most_elements or any(
-                each.dtype != output.dtype or not _same_codes(each, output) for each in values):
+        inputs, output = [tensors[number] for number in operator.inputs], tensors[operator.outputs[0]]
+        if output.data is not None or operator.name != "SHAPE" and any(each.data is None for each in inputs):
             return False
-        try:
-            if operator.name == "RESHAPE":
-                data = values[0].data.reshape(output.shape)
-            elif np.broadcast_shapes(*(each.shape for each in inputs)) != output.shape or inputs[0].dtype != np.bool_:
-                return False
-            else:
-                data = np.where(inputs[0].data.view(np.uint8) != 0, *(each.data for each in values))
-        except ValueError:
+        shape = shape_of(operator, inputs)
+        if output.is_open and shape is not None:
+            output = dataclasses.replace(output, shape=shape, is_open=False)
+        if output.is_open or shape not in (None, output.shape):
+            return False
+        if operator.name not in ("RESHAPE", "SHAPE"):  # which compute nothing
+            self.left_to_fold -= 1 + max(math.prod(each.shape) for each in (*inputs, output))
+        if self.left_to_fold < 0 or (data := folded(operator, inputs, output)) is None:
             return False
         tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
+        self.folds[operator.outputs[0]] = operator
         return True
+
+    def close(self, operator: Operator) -> None:
+        """Give what an operator makes the shape that its inputs' shapes make it, where the file leaves it open."""
+        tensors = self.graph.tensors
+        if len(operator.outputs) == 1 and tensors[operator.outputs[0]].is_open:
+            shape = shape_of(operator, [tensors[number] for number in operator.inputs if number >= 0])
+            if shape is not None:
+                tensors[operator.outputs[0]] = dataclasses.replace(tensors[operator.outputs[0]], shape=shape)
 
     # -- access to the graph, checked
 
@@ -101,13 +139,16 @@ class CheckedGraph:
         number = self.producers.get(tensor)
         return number if number is not None and self.graph.operators[number].name in names else None
 
-    def use(self, tensor: int, expected: str, role: str) -> Operator:
-        """The operator that computes ``tensor``, which must be an ``expected``."""
+    def use(self, tensor: int, expected: str, role: str, way_out: str = "") -> Operator:
+        """The operator that computes ``tensor``, which must be an ``expected``; ``way_out`` is told behind another."""
         number = self.producers.get(tensor)
         found = "a graph input or constant" if number is None else self.graph.operators[number].name
         if found != expected:
+            if number is not None and any(each.is_open for each in self.graph.tensors) and found in ("ADD", "RESHAPE"):
+                way_out = (": shapes are open in this file, so biases stand apart: convert with a fixed batch size (of "
+                           "Keras, Input(batch_size=1))")
             raise self.error(
-                f"expected {expected} to compute {role}, tensor {self.tensor(tensor).name!r}; found {found}"
+                f"expected {expected} to compute {role}, tensor {self.tensor(tensor).name!r}; found {found}{way_out}"
             )
         self.used.add(number)
         return self.graph.operators[number]
@@ -115,7 +156,7 @@ class CheckedGraph:
     def next_operator(self, tensor: int) -> tuple[int, Operator] | None:
         """The one operator that reads ``tensor``, or None where it only leaves the graph."""
         readers = self.consumers.get(tensor, [])
-        if len(readers) + (tensor in self.outputs) != 1:
+        if len(readers) + (tensor in self.outputs) != 1 and not (len(readers) == 1 and not self.alone):
             raise self.error(
                 f"expected one reader of tensor {self.tensor(tensor).name!r}; found {len(readers)}"
                 + (" and the graph's output" if tensor in self.outputs else "")
@@ -127,7 +168,9 @@ class CheckedGraph:
         tensor = self.tensor(number)
         if tensor.dtype != np.int8:
             found = "an unsupported type" if tensor.dtype is None else str(tensor.dtype)
-            raise self.error(f"expected {role}, tensor {tensor.name!r}, to be int8; found {found}")
+            way_out = "" if tensor.dtype != np.int16 else (
+                ": activations of 16 bits have no layer; quantize to 8, or read the float file that this was made of")
+            raise self.error(f"expected {role}, tensor {tensor.name!r}, to be int8; found {found}{way_out}")
         if tensor.scale is None:
             raise self.error(
                 f"expected {role}, tensor {tensor.name!r}, to have a scale and zero point; found none"
@@ -193,61 +236,40 @@ class CheckedGraph:
 
     def moved(self, operator: Operator, elements: np.ndarray, given: int | None = None) -> np.ndarray:
         """``elements``, laid out as an operator lays out its input; given: which output of a SPLIT is meant."""
-        if operator.name in _CUTS:
-            return self.cut(operator, elements, given)
-        if operator.name == "MUL":
+        name = operator.name
+        if name == "MUL":
             return elements
-        inputs = self.operands(operator, (1, 2) if operator.name == "RESHAPE" else (2,))
-        source, output = self.tensor(inputs[0]), self.tensor(operator.outputs[0])
-        role = f"a tensor that {operator.name} moves"
-        if self.of_scores(inputs[0], role) != self.of_scores(operator.outputs[0], role):
-            raise self.error(f"{operator.name} changes the quantization of {source.name!r}; expected it kept")
-        if operator.name == "TRANSPOSE":
-            axes = self.constant(inputs[1], np.int32, "the permutation of TRANSPOSE").ravel().tolist()
-            if sorted(axes) != list(range(elements.ndim)):
-                raise self.error(
-                    f"TRANSPOSE of {source.name!r} has permutation {axes}; its input has {elements.ndim} axes"
-                )
-            elements = elements.transpose(axes)
-            if elements.shape != output.shape:
-                raise self.error(
-                    f"TRANSPOSE gives {output.name!r} shape {output.shape}; expected {elements.shape}"
-                )
-        elif self.size(operator.outputs[0]) != elements.size:
-            raise self.error(
-                f"RESHAPE from {source.shape} to {output.shape}, tensor {output.name!r}, changes the size"
-            )
-        return elements.reshape(output.shape)
-
-    def cut(self, operator: Operator, elements: np.ndarray, given: int | None) -> np.ndarray:
-        """The elements that a SLICE or an output of a SPLIT has."""
-        name, inputs = operator.name, operator.inputs
-        if len(inputs) != (3 if name == "SLICE" else 2) or given not in operator.outputs:
-            raise self.error(f"{name} has {len(inputs)} inputs; expected {3 if name == 'SLICE' else 2}")
-        output, source = self.tensor(given), self.tensor(inputs[1 if name == "SPLIT" else 0])
-        role = f"a tensor that {name} cuts"
-        if self.quantization(inputs[1 if name == "SPLIT" else 0], role) != self.quantization(given, role):
+        given = operator.outputs[0] if given is None and len(operator.outputs) == 1 else given
+        if given not in operator.outputs or len(operator.inputs) < 1 + (name not in ("RESHAPE", "SQUEEZE")):
+            raise self.error(f"{name} has {len(operator.inputs)} inputs and {len(operator.outputs)} outputs")
+        first = operator.inputs[name == "SPLIT"]
+        source, output = self.tensor(first), self.tensor(given)
+        role = f"a tensor that {name} moves"
+        if self.of_scores(first, role) != self.of_scores(given, role):
             raise self.error(f"{name} changes the quantization of {source.name!r}; expected it kept")
-        if name == "SLICE":
-            begin, size = (self.constant(inputs[i], np.int32, f"the {what} of SLICE").ravel().tolist()
-                           for i, what in ((1, "begin"), (2, "size")))
-            if len(begin) != elements.ndim or len(size) != elements.ndim or any(
-                    at < 0 or at + max(count, 0) > length
-                    for at, count, length in zip(begin, size, elements.shape, strict=True)):
-                raise self.error(f"SLICE of {source.name!r} begins at {begin[:8]} with {size[:8]} elements; its input "
-                                 f"has shape {elements.shape}")
-            found = elements[tuple(slice(at, None if count < 0 else at + count)
-                                   for at, count in zip(begin, size, strict=True))]
-        else:
-            axes = self.constant(inputs[0], np.int32, "the axis of SPLIT").ravel().tolist()
-            parts = len(operator.outputs)
-            if len(axes) != 1 or not -elements.ndim <= axes[0] < elements.ndim or elements.shape[axes[0]] % parts:
-                raise self.error(f"SPLIT of {source.name!r}, shape {elements.shape}, along {axes[:8]} in {parts} "
-                                 "parts; expected equal parts of one axis")
-            found = np.split(elements, parts, axes[0])[operator.outputs.index(given)]
+        constants = [number for number in operator.inputs if number != first]
+        for number in constants:
+            self.constant(number, np.int32, f"a number of {name}")
+        if name != "SPLIT" and math.prod(output.shape) > self.most_elements:
+            self.size(given)
+        shape = shape_of(operator, [Tensor("", elements.shape, elements.dtype), *map(self.tensor, constants)])
+        if name != "SPLIT" and shape not in (None, output.shape):
+            raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {shape}")
+        try:
+            found = (self.part(operator, elements, given) if name == "SPLIT"
+                     else laid_out(operator, elements, [self.tensor(number) for number in constants]))
+        except (ValueError, TypeError, IndexError, KeyError):
+            numbers = [self.tensor(number).data.ravel()[:8].tolist() for number in constants]
+            raise self.error(f"{name} of {source.name!r}, shape {elements.shape}, to {output.name!r}, shape "
+                             f"{output.shape}, by {numbers}: expected these to agree") from None
         if found.shape != output.shape:
             raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {found.shape}")
         return found
+
+    def part(self, operator: Operator, elements: np.ndarray, given: int) -> np.ndarray:
+        """The elements that an output of a SPLIT has."""
+        (axis,), parts = self.tensor(operator.inputs[0]).data.ravel().tolist(), len(operator.outputs)
+        return np.split(elements, parts, axis)[operator.outputs.index(given)]
 
     def back(self, tensor: int, *, scaled: bool = False) -> tuple[int, np.ndarray, list[Operator]]:
         """Undo RESHAPE, TRANSPOSE, SLICE and SPLIT, with ``scaled`` also MUL by a constant.
@@ -256,7 +278,7 @@ class CheckedGraph:
         in the order they run.
         """
         path, scaling = [], []
-        names = (*_MOVES, *_CUTS, *(["MUL"] if scaled else []))
+        names = (*_MOVES, *_SHAPED, *_CUTS, *(["MUL"] if scaled else []))
         while (number := self.producer(tensor, names)) is not None:
             operator = self.graph.operators[number]
             path.append((number, tensor))
@@ -265,7 +287,7 @@ class CheckedGraph:
                 scaling.append(operator)
                 tensor = self.scaled(operator)[0]
             else:
-                inputs = self.operands(operator, (1, 2)) if operator.name in _MOVES else operator.inputs
+                inputs = operator.inputs
                 tensor = inputs[1 if operator.name == "SPLIT" and len(inputs) > 1 else 0] if inputs else -1
             if tensor < 0:
                 raise self.error(f"{operator.name} lacks an input")
@@ -287,7 +309,8 @@ class CheckedGraph:
         codes, quantization = self.constant(constants[0], np.int8, role), self.quantization(constants[0], role)
         source, output = self.tensor(changing[0]), self.tensor(operator.outputs[0])
         if codes.size != 1 or source.shape != output.shape:
-            raise self.error(f"expected MUL of {source.name!r} by one number; found {codes.size} numbers")
+            raise self.error(f"expected MUL of {source.name!r} by one number; found {codes.size} numbers: read the "
+                             "float file that this was made of, and quant.quantize it")
         return changing[0], int(codes.flat[0]), quantization
 
     def forward(self, tensor: int) -> tuple[int, np.ndarray, Operator | None]:
@@ -297,7 +320,7 @@ class CheckedGraph:
         """
         elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
         path = []
-        while (found := self.next_operator(tensor)) is not None and found[1].name in _MOVES:
+        while (found := self.next_operator(tensor)) is not None and found[1].name in (*_MOVES, *_SHAPED):
             path.append(found[0])
             self.check_chain(path, _MOVES)
             elements = self.moved(found[1], elements)
@@ -305,13 +328,14 @@ class CheckedGraph:
             tensor = found[1].outputs[0]
         return tensor, elements, None if found is None else found[1]
 
+    def tokens_first(self, shape: tuple[int, ...] | None, sequences: int, length: int) -> list[str]:
+        """What is to be told of rows of ``shape``, those of so many sequences."""
+        if shape is None or len(shape) != 3 or shape[:2] != (length, sequences) or length == sequences:
+            return []
+        return [f"{self.name}: rows have the shape (tokens, batch, features) in this file, {shape}: give calls (batch, "
+                "tokens, features)"]
+
     def check_chain(self, path: list, names: tuple[str, ...]) -> None:
         """Refuse more operators in a row than any converter writes."""
         if len(path) > LONGEST_CHAIN:
             raise self.error(f"expected at most {LONGEST_CHAIN} of {', '.join(names)} in a row; found more")
-
-
-def _same_codes(one: Tensor, other: Tensor) -> bool:
-    """Whether codes of two tensors stand for the same numbers."""
-    return all((a is None) == (b is None) and (a is None or np.array_equal(a, b))
-               for a, b in ((one.scale, other.scale), (one.zero_point, other.zero_point)))

@@ -16,6 +16,7 @@ _HOMES = {
     "MulConstant": "score_ops",
     "QuantizedLinear": "parameters",
     "QuantizedMultiHeadAttention": "layer",
+    "Requantize": "score_ops",
     "ScoreOp": "score_ops",
     "SelectMask": "score_ops",
     "StaticFeedForward": "static_feed_forward",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from edgeattn.quantized.parameters import TensorQuantization as TensorQuantization
     from edgeattn.quantized.score_ops import AddMask as AddMask
     from edgeattn.quantized.score_ops import MulConstant as MulConstant
+    from edgeattn.quantized.score_ops import Requantize as Requantize
     from edgeattn.quantized.score_ops import ScoreOp as ScoreOp
     from edgeattn.quantized.score_ops import SelectMask as SelectMask
     from edgeattn.quantized.score_ops import fit_mask as fit_mask

@@ -78,7 +78,23 @@ class SelectMask(Frozen):
         self.set_fields(keep=_mask(keep, np.bool_, "keep"), fill=_code(fill, "fill"))
 
 
-ScoreOp = MulConstant | AddMask | SelectMask
+class Requantize(Value):
+    """The same scores in another quantization, as converters make them fit a mask's: QUANTIZE of codes.
+
+    Parameters
+    ----------
+    output : TensorQuantization
+    """
+
+    output: TensorQuantization
+
+    def __init__(self, output: TensorQuantization):
+        self.set_fields(output=output)
+        _check_quantization(self, "output")
+
+
+ScoreOp = MulConstant | AddMask | SelectMask | Requantize
+SCORE_OPS = {op.__name__: op for op in (MulConstant, AddMask, SelectMask, Requantize)}
 # Masks may be as small as what broadcasts, and have a class for each position together: a causal one beside the padding
 # of 16 sequences grows sixteenfold.
 _POSITIONS, _GROWTH = 2**22, 16
@@ -118,7 +134,8 @@ def check_masks(ops: tuple[ScoreOp, ...], num_heads: int, name: str) -> None:
     ------
     ValueError
     """
-    shapes = [(op.codes if isinstance(op, AddMask) else op.keep).shape for op in ops if not isinstance(op, MulConstant)]
+    shapes = [op.codes.shape if isinstance(op, AddMask) else op.keep.shape for op in ops
+              if isinstance(op, AddMask | SelectMask)]
     try:
         together = np.broadcast_shapes((1, num_heads, 1, 1), *shapes)
     except ValueError:
@@ -199,6 +216,11 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
             constant = (op.constant.scale, op.constant.zero_point)
             _check_multiplier(float(q[0]) * float(constant[0]) / float(to[0]), "MulConstant")
             score_luts = rules.mul_codes(kernel_set.mul, kernel_set.precision, score_luts, q, op.code, constant, to)
+            scores = op.output
+            continue
+        if isinstance(op, Requantize):
+            _check_multiplier(float(q[0]) / float(op.output.scale), "Requantize")
+            score_luts = rules.convert_codes(kernel_set.convert, score_luts, q, (op.output.scale, op.output.zero_point))
             scores = op.output
             continue
         # one class per pair of a class so far and a value of the mask

@@ -81,7 +81,7 @@ class StaticMultiHeadAttention(StaticCalls):
     sources : tuple of int
         Which input feeds the query, key and value projection: (0, 0, 0) self-attention, (0, 1, 1) the value is the
         key, (0, 1, 2) three inputs.
-    score_ops : sequence of MulConstant, AddMask, SelectMask
+    score_ops : sequence of MulConstant, AddMask, SelectMask, Requantize
         What happens to the scores' codes before the softmax.
     query_ops, key_ops : sequence of MulConstant
         What happens to the codes of "query" and "key", which the projections give, before their product: none where

@@ -21,6 +21,7 @@ from edgeattn.quantized.parameters import (
     linears_state,
 )
 from edgeattn.quantized.score_ops import (
+    SCORE_OPS,
     AddMask,
     MulConstant,
     ScoreOp,
@@ -295,10 +296,9 @@ class StaticParameters(QuantizedMultiHeadAttention):
         for which in named:
             for i, row in enumerate(given[which]):
                 row = {**row, **groups.pop(f"{which}.{i}", {})}
-                kinds: dict[str, Any] = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}
-                kind = kinds.get(row.pop("op"))
+                kind: Any = SCORE_OPS.get(row.pop("op"))
                 if kind is None:
-                    raise ValueError(f"{which}[{i}] must be MulConstant, AddMask or SelectMask")
+                    raise ValueError(f"{which}[{i}] must be {', '.join(SCORE_OPS)}")
                 ops[which].append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
                                           for name, value in row.items()}))
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},

@@ -12,7 +12,7 @@ import numpy as np
 from edgeattn.arithmetic import CODE_MIN
 from edgeattn.executors.unfused import attend
 from edgeattn.ops import Ops, Sequences
-from edgeattn.quantized import AddMask, MulConstant, SelectMask, StaticFeedForward
+from edgeattn.quantized import AddMask, MulConstant, Requantize, SelectMask, StaticFeedForward
 
 if TYPE_CHECKING:
     from edgeattn.quantized import QuantizedLinear, TensorQuantization
@@ -102,6 +102,8 @@ class CodesOps(Ops[str]):
             elif isinstance(op, AddMask):
                 added = rows.constant(f"{full}/mask", op.mask.dequantize(op.codes))
                 scores, quantization = rows.node("Add", [scores, added], f"{full}/added"), op.output
+            elif isinstance(op, Requantize):
+                quantization = op.output
             elif isinstance(op, SelectMask):
                 fill = rows.constant(f"{full}/fill", quantization.dequantize(op.fill))
                 scores = rows.node("Where", [rows.constant(f"{full}/keep", op.keep), scores, fill], f"{full}/masked")

@@ -28,8 +28,10 @@ from edgeattn.quantized import (
     INPUTS,
     AddMask,
     MulConstant,
+    Requantize,
     SelectMask,
 )
+from edgeattn.quantized.score_ops import SCORE_OPS
 from edgeattn.tflite_schema import Graph
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
@@ -38,6 +40,7 @@ INT8_VERSIONS = {
     "FULLY_CONNECTED": FULLY_CONNECTED_VERSION,
     "ADD": 2,
     "MUL": 2,
+    "QUANTIZE": 1,
     "BATCH_MATMUL": 2,
     "SOFTMAX": 2,
     "TRANSPOSE": 2,
@@ -215,8 +218,11 @@ class Int8TfliteOps(TfliteOps):
                 keep = self._mask_constant(f"{name}/keep", op.keep, "mask of the layer's SelectMask")
                 fill = self._constant(f"{name}/fill", np.array(op.fill, np.int8), quantization)
                 scores = self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
+            elif isinstance(op, Requantize):
+                quantization = op.output
+                scores = self._operator("QUANTIZE", [scores], f"{name}/codes", shape, quantization)
             else:
-                raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
+                raise TypeError(f"score_ops must be {', '.join(SCORE_OPS)}; got {type(op).__name__}")
         return self.padded(scores, quantization)
 
     def padded(self, scores: int, quantization) -> int:

@@ -16,7 +16,7 @@ import edgeattn
 import quant
 from edgeattn.executors.numpy import NumpyOps
 from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
-from edgeattn.quantized import StaticFeedForward, StaticSelfAttention
+from edgeattn.quantized import Requantize, SelectMask, StaticFeedForward, StaticSelfAttention, TensorQuantization
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
 
@@ -134,6 +134,19 @@ def test_queries_and_keys_that_a_mul_scales(tmp_path, run):
     got, step = run(path, x), made.tensors["output"].scale
     assert np.abs(got - made(x)).max() <= 1.01 * step
     assert np.abs(got - made._replace(query_ops=(), key_ops=())(x)).max() > 3 * step
+
+
+@each_run
+def test_scores_made_to_fit_a_mask(tmp_path, run):
+    """Rounded to a coarser quantization in the file, too: by 17/256, which XNNPACK's multiplier has exactly."""
+    layer, x = random_layer(5), random_input(5, 8, 9, 32)
+    made = quant.quantize(layer, quant.calibrate(layer, [x]))
+    coarse = TensorQuantization(made.tensors["scores"].scale * np.float32(256 / 17), 3)
+    made = made._replace(score_ops=(Requantize(coarse), SelectMask(np.tri(9, dtype=bool))))
+    got, want = run(quant.export(made, tmp_path / "a.onnx", opset=20, sequence_length=9, batch=8), x), made(x)
+    step = made.tensors["output"].scale
+    assert np.abs(got - want).max() <= 1.01 * step
+    assert np.abs(got - made._replace(score_ops=made.score_ops[1:])(x)).max() > 3 * step
 
 
 @each_run

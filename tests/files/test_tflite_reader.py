@@ -246,12 +246,6 @@ def add_softmax(graph):
     graph.operator("SOFTMAX", [x], y, {"beta": 1.0}, 2)
 
 
-def mask_at_run_time(graph):
-    number = next(i for i, tensor in enumerate(graph.tensors) if tensor.name == "mask")
-    change(graph, "mask", data=None)
-    graph.inputs.append(number)
-
-
 REFUSED = {
     "no softmax": (
         lambda g: rename(g, "SOFTMAX", "DEQUANTIZE"),
@@ -271,10 +265,6 @@ REFUSED = {
         output_probabilities_too,
         "expected one reader of tensor 'softmax.*the graph's output",
     ),
-    "mask at run time": (
-        mask_at_run_time,
-        r"expected ADD between scores and softmax .* \(a mask must be a constant\)",
-    ),
     "fused activation": (
         lambda g: change_options(g, "FULLY_CONNECTED", fused_activation_function=1),
         r"FULLY_CONNECTED has a fused activation function \(1\); expected none",
@@ -289,7 +279,7 @@ REFUSED = {
     ),
     "probabilities transposed": (
         lambda g: change_options(g, "BATCH_MATMUL", adj_x=True),
-        "expected the probabilities to be the left side of a BATCH_MATMUL; found BATCH_MATMUL of them in another place",
+        "expected the probabilities to be one side of a BATCH_MATMUL with the values; found BATCH_MATMUL of them in",
     ),
     "heads split otherwise": (swap_heads, "expected .* found"),
     "weight per tensor": (

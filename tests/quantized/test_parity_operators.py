@@ -198,3 +198,17 @@ def test_multipliers_next_to_a_tie(name, operator):
             expected = requantize(rule, acc, arithmetic.batch_matmul_multiplier(rule, row.precision, a, b, y), 0)
             inputs, file = [x, rhs], tflite_graphs.batch_matmul(x.shape, x_q, rhs.shape, b_q, y_q, adj_y=False)
         np.testing.assert_array_equal(RUNTIMES[name].run(file, inputs)[0], expected)
+
+
+def test_quantize_of_codes(name):
+    """Every code, at ratios of scales within and beyond XNNPACK's, and at both ends of them."""
+    row, x = KERNEL_SETS[name], np.arange(-128, 128, dtype=np.int8).reshape(1, 256)
+    for seed in REPEATS:
+        rng = np.random.default_rng(600 + seed)
+        ratio = [np.exp(rng.normal() / 5), np.exp(rng.uniform(-6, 8)), 2.0 ** (8 if seed % 8 < 4 else -7),
+                 2.0 ** (8 if seed % 8 < 4 else -7) * (1 + rng.normal() * 1e-3)][seed % 4]
+        x_q = tensor(rng)
+        y_q = TensorQuantization(np.float32(x_q.scale * ratio), int(rng.integers(-128, 128)))
+        file = tflite_graphs.unary("QUANTIZE", x.shape, x_q, y_q, {}, 1)
+        np.testing.assert_array_equal(RUNTIMES[name].run(file, [x])[0],
+                                      arithmetic.convert_codes(row.convert, x, pair(x_q), pair(y_q)))

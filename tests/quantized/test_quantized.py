@@ -330,7 +330,7 @@ STATES = [
     (lambda c, t: c.update(query_ops=[{"op": "Relu"}]), r"query_ops\[0\] must be MulConstant"),
     (lambda c, t: c.update(key_ops=["a"]), "score_ops, query_ops and key_ops lists of objects"),
     (lambda c, t: c.update(score_ops=["a"]), "score_ops, query_ops and key_ops lists of objects"),
-    (lambda c, t: c.update(score_ops=[{"op": "Relu"}]), r"score_ops\[0\] must be MulConstant, AddMask or SelectMask"),
+    (lambda c, t: c.update(score_ops=[{"op": "Relu"}]), r"score_ops\[0\] must be MulConstant, AddMask, SelectMask, Requantize"),
     (lambda c, t: c.update(score_ops=[{"op": "SelectMask", "fill": 0}]), "keep"),
     (lambda c, t: c.update(sources=[0, 1, 0]), "sources must be one of"),
     (lambda c, t: c.update(num_heads=3), "num_heads = 3 does not fit projections"),
