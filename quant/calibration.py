@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeattn.checks import is_one_of
 from edgeattn.files.paths import listed
-from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers import MultiHeadAttention, TransformerEncoderLayer
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.position_bias import ConstantPositionBias
 from edgeattn.quantized import INPUTS, SOURCES
@@ -253,10 +253,16 @@ def of_call(layer: MultiHeadAttention, call: Call | None) -> Calibration | None:
     return total
 
 
+def of_one_layer(layer: object) -> str:
+    """For an error: how a layer of an encoder, which is no encoder, becomes one."""
+    return "; TransformerEncoder([layer]) is the encoder of it" if isinstance(layer, TransformerEncoderLayer) else ""
+
+
 def check_layer(layer: object, scheme: object = "static") -> None:
     """Raise unless ``layer`` is a float layer that can be quantized by ``scheme``."""
     if not isinstance(layer, MultiHeadAttention):
-        raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
+        raise TypeError("layer must be a float MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder; "
+                        f"got {type(layer).__name__}{of_one_layer(layer)}")
     if not is_one_of(scheme, ("static", "dynamic")):
         raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
     if scheme == "static":

@@ -16,6 +16,7 @@ from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
 from edgeattn.runtime.targets import TARGETS
+from quant.calibration import of_one_layer
 from quant.export.bundle import has_header, write_bundle
 from quant.export.c import write_c
 from quant.export.c_encoder import write_encoder_c
@@ -175,8 +176,8 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     """
     path = as_path(path)
     if not isinstance(layer, (MODELS, MultiHeadAttention, QuantizedMultiHeadAttention)):
-        raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
-                        f"got {type(layer).__name__}")
+        raise TypeError("layer must be a MultiHeadAttention, an encoder, a model, or what quant.quantize makes of it; "
+                        f"got {type(layer).__name__}{of_one_layer(layer)}")
     processor: str | None = target_named(target)
     if processor is not None and path.is_dir():
         target_of(processor)
