@@ -23,6 +23,7 @@ from edgeattn.files.checkpoints.onnx_rows import FEW_NODES, PLAIN, root_of, rows
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 LONG = 150  # tokens: half the widest window of models known is 64
+SHORTER = (128, 64, 32)  # of models whose tables, of a rotary embedding say, have no more rows
 ALONE = "MultiHeadAttention.from_onnx(path, node=...) reads attention alone"
 
 

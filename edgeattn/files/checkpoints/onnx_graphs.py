@@ -16,8 +16,10 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.checks import is_one_of
+from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_encoders import (
     LONG,
+    SHORTER,
     Encoder,
     each_its_own,
     look_further,
@@ -91,11 +93,12 @@ def onnx_weights(
         queries, keys and values are not of one value, or something else than a linear map follows.
     """
     graphs = open_graph(path_or_model)
+    bound, masks = _padding(graphs)
 
-    def read(*sizes):
-        graph = graphs(*sizes)
+    def read(batch, _=None, length=None):
+        graph = graphs(batch, bound, length)
         found = attention_at(graph, choose(graph, node))
-        return found, [*found.told, *apart(graph, found)]
+        return found, [*found.told, *_of_padding(graph, masks, [found.node]), *apart(graph, found)]
 
     found, told = read_graph(graphs, read)
     for text in told:
@@ -113,6 +116,28 @@ def apart(graph, found):
     if found.beyond is not None:
         yield (f"what {title(found.node)} gives goes into {found.beyond}, which is not part of the layer; the layer "
                "has no output projection")
+
+
+def _padding(graphs):
+    """(what inputs of a model of texts are taken for, as `text_inputs` says; those that are taken for no padding).
+
+    Causal masks, windows and positions are then constants of their own, not parts of a computed mask.
+    """
+    graph = graphs(2)
+    try:
+        ids, bound = text_inputs(graph)
+    except NotRead:
+        return None, []
+    bound = {name: of for name, of in bound.items() if graph.shapes.get(name) == graph.shapes.get(ids)}
+    return bound, [name for name, of in bound.items() if of((1, 2)).all()]
+
+
+def _of_padding(graph, masks, nodes):
+    """What is to be known of masks of padding that attention nodes are computed of."""
+    nodes = {id(node) for node in nodes}
+    of = [name for name in masks if any(id(node) in nodes for node in graph.nodes_behind(name))]
+    if of:
+        yield f"{', '.join(map(repr, of))[:200]} masks padding; pass key_padding_mask in each call"
 
 
 def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmetic | None:
@@ -146,21 +171,25 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
         As `onnx_weights`; and where the model's input and output are not the encoder's.
     """
     graphs = open_graph(path_or_model)
+    bound, masks = _padding(graphs)
 
-    def read(*sizes):
-        graph = graphs(*sizes)
-        found = read_encoder(graph, attention_nodes(graph), arithmetic=arithmetic)
-        if graph.open_axes:
-            with contextlib.suppress(NotRead):  # of a model that was traced for one length
-                further = graphs(sizes[0], None, LONG)
-                look_further(found, further, attention_nodes(further))
+    def read(batch, _=None, length=None):
+        graph = graphs(batch, bound, length)
+        nodes = attention_nodes(graph)
+        found = read_encoder(graph, nodes, arithmetic=arithmetic)
+        for further in (LONG, *SHORTER) if graph.open_axes else ():
+            with contextlib.suppress(NotRead):  # of a model that was traced for one length, or has short tables
+                longer = graphs(batch, bound, further)
+                look_further(found, longer, attention_nodes(longer))
+                break
         refuse_positions(found)
         each_its_own(found)
         ends = {root_of(graph, name) for name in graph.outputs}
-        return found, found.start in graph.inputs and found.end in ends
+        whole = found.start in graph.inputs and found.end in ends
+        return found, whole, list(_of_padding(graph, masks, nodes))
 
-    found, whole = read_graph(graphs, read)
-    for told in found.told + ([] if whole else [
+    found, whole, padding = read_graph(graphs, read)
+    for told in found.told + padding + ([] if whole else [
             f"the encoder takes {found.start!r} and gives {found.end!r}; what the model computes before and behind is "
             "not part of it"]):
         warnings.warn(told, stacklevel=3 + FRAMES)
@@ -187,7 +216,7 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
 
     def read(batch, _=None, length=None):
         def graph(bound, at=length):
-            return graphs(batch, bound, at) if at else graphs(batch, bound)
+            return graphs(batch, bound, at)
 
         def nodes_of(graph):
             return _of_inputs(graph, inputs[:1])
@@ -222,9 +251,9 @@ def open_graph(path_or_model):
     """A function that gives the `Graph` of a model; arguments as its own from `batch` on."""
     model, values, source = _load(path_or_model)
 
-    def graph(batch, *options):
+    def graph(batch, bound=None, length=None):
         with reading(source, ".onnx file"):  # texts are decoded when they are looked at
-            return Graph(model, values, source, batch, *options)
+            return Graph(model, values, source, batch, bound, *([length] if length else []))
 
     graph.nodes = model.graph.node
     return graph
@@ -284,7 +313,7 @@ def attention_nodes(graph):
     return [
         node
         for node in graph.nodes
-        if (domain_of(node), node.op_type) in OPERATORS
+        if ((domain_of(node), node.op_type) in OPERATORS and not graph.is_known(graph.input(node, 0)))
         or (node.op_type in ("Softmax", "QLinearSoftmax") and _is_attention(graph, node))
     ]
 
@@ -314,7 +343,25 @@ def _is_attention(graph, node):
                     todo.append(each)
         if not found:
             return False
-    return found
+    return found and not _asks_for_constants(graph, node)
+
+
+def _asks_for_constants(graph, node):
+    """Whether the queries of a Softmax are stored: a head that pools what an encoder gives, as SigLIP's images have."""
+    todo, seen = [graph.input(node, 0)], set()
+    while todo and len(seen) < _QUICK:
+        each = todo.pop()
+        maker = graph.maker.get(each)
+        if each in seen or maker is None or graph.is_known(each):
+            continue
+        seen.add(each)
+        if product(graph, maker) is not None:
+            return False
+        if maker.op_type in ("MatMul", "Einsum", "Gemm"):
+            return graph.is_known(graph.input(maker, 0))
+        if maker.op_type in (*functions.SAME, *functions.LAYOUT, *functions.ELEMENTWISE):
+            todo.extend(name for name in maker.input if name)
+    return False
 
 
 def choose(graph, wanted):

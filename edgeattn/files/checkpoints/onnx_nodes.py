@@ -142,7 +142,7 @@ class Graph:
         """The shapes of a node's outputs, None where they are not known, and whether they can be computed."""
         kind = node.op_type
         known = all(not name or self.is_known(name) for name in node.input)
-        if kind == "Shape":
+        if kind in ("Shape", "Size"):
             known = self.shapes.get(self.input(node, 0)) is not None
         elif (
             kind not in ("Constant", "ConstantOfShape")
@@ -171,6 +171,7 @@ class Graph:
     def is_known(self, name):
         """Whether a value is stored, or computed of these and of shapes."""
         return name in self._stored or self._known.get(name, False)
+
     def is_computed(self, name):
         """Whether a node makes a known value."""
         return name in self.maker and self.is_known(name)
@@ -190,7 +191,7 @@ class Graph:
             if each in self._arrays or each in self._stored or node is None or id(node) in found:
                 continue
             found[id(node)] = node
-            if node.op_type != "Shape":
+            if node.op_type not in ("Shape", "Size"):
                 todo.extend(name for name in node.input if name)
         for node in sorted(found.values(), key=lambda node: self.number[id(node)]):
             for output, array in zip(node.output, self._computed(node), strict=False):
@@ -210,6 +211,8 @@ class Graph:
         if kind == "Shape":
             shape = self.shapes[node.input[0]]
             return [np.array(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)]
+        if kind == "Size":
+            return [np.array(_elements(self.shapes[node.input[0]]), np.int64)]
         inputs = [self._stored_array(name) if name else None for name in node.input]
         if any(array is None and name for array, name in zip(inputs, node.input, strict=True)) or not inputs:
             raise NotRead(f"{title(node)} reads {reason(list(node.input))} before it is computed")

@@ -1,0 +1,235 @@
+"""from_onnx of what models of other families write around their layers, against onnx's own evaluation of the graph."""
+
+import warnings
+
+import numpy as np
+import pytest
+from test_checkpoints_onnx import Graph
+from test_onnx_encoders import (
+    CLOSE,
+    IDS,
+    MASK,
+    B,
+    D,
+    E,
+    H,
+    L,
+    attended,
+    computed,
+    dense,
+    heads,
+    hidden,
+    image_graph,
+    layer,
+    norm_node,
+    number,
+    open_axes,
+    places,
+    read,
+    seeded,
+)
+
+from edgeattn import ImageEncoder, MultiHeadAttention, TextEncoder, TransformerEncoder
+from edgeattn.executors.numpy import NumpyOps
+
+onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+V = 30
+
+
+# -- masks of padding beside what belongs to the layers ------------------------------------------------
+
+
+def masked_text(masked, length=9):
+    """A model of ids and a mask of padding, whose one layer has `masked(graph, scores)`, and the mask added to it."""
+    ids = np.random.default_rng(2).integers(3, V, (B, length))
+    graph = Graph(input_ids=ids, attention_mask=np.ones_like(ids))
+    x = norm_node(graph, graph.add("Gather", seeded(V, E), "input_ids"), 1 + 0.3 * seeded(E), seeded(E))
+    wide = graph.add("Unsqueeze", graph.add("Cast", "attention_mask", to=onnx.TensorProto.FLOAT), np.array([1, 2]))
+    padding = graph.add("Mul", graph.add("Sub", number(1), wide), number(-3.4e38))
+    attention = attended(graph, 0, *heads(graph, x, 0), lambda g, s: g.add("Add", masked(g, s), padding))
+    x = norm_node(graph, graph.add("Add", x, attention), seeded(E), seeded(E))
+    network = dense(graph, graph.add("Relu", dense(graph, x, E, 7, 6)), 7, E, 7)
+    x = norm_node(graph, graph.add("Add", x, network), seeded(E), seeded(E))
+    return graph, attention, open_axes(graph.model(x), "b", "l")
+
+
+def causal(graph, scores):
+    later = graph.add("Less", places(graph, scores, 1), places(graph, scores, 0))
+    return graph.add("Where", later, number(-1e9), scores)
+
+
+def windowed(graph, scores):
+    apart = graph.add("Abs", graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1)))
+    return graph.add("Where", graph.add("Less", apart, np.array(3)), scores, number(-1e9))
+
+
+def biased(graph, scores):
+    apart = graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1))
+    index = graph.add("Add", graph.add("Clip", apart, np.array(-6), np.array(6)), np.array(6))
+    return graph.add("Add", scores, graph.add("Gather", seeded(H, 13), index, axis=1))
+
+
+@pytest.mark.parametrize("form", [causal, windowed, biased])
+def test_a_mask_of_padding_hides_nothing_that_belongs_to_an_encoder(form):
+    """One sum of both is of a computed mask: what is not padding was told to be an argument of each call, and lost."""
+    graph, _, model = masked_text(form)
+    with pytest.warns(UserWarning) as told:
+        encoder = TransformerEncoder.from_onnx(model)
+    told = [str(each.message) for each in told]
+    assert "'attention_mask' masks padding; pass key_padding_mask in each call" in told
+    assert [text for text in told if "is causal" in text] == (
+        ["attention is causal; pass is_causal=True in each call"] if form is causal else [])
+    assert not [text for text in told if "adds" in text]
+    text = TextEncoder.from_onnx(model)
+    ids = graph.inputs["input_ids"]
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    found = computed(encoder, hidden_in_front(text, ids), is_causal=form is causal)
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+    assert (encoder.layers[0].attention.position_bias is not None) == (form is biased)
+
+
+def hidden_in_front(text, ids):
+    """What goes into the layers of a text encoder without positions."""
+    rows = text.embedding.token_weight[ids]
+    norm = text.embedding.norm
+    centred = rows - rows.mean(-1, keepdims=True)
+    return (centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.eps) * norm.weight + norm.bias).astype(np.float32)
+
+
+def test_a_mask_of_padding_hides_no_causal_mask_of_one_layer():
+    graph, attention, model = masked_text(causal)
+    with pytest.warns(UserWarning) as told:
+        MultiHeadAttention.from_onnx(graph.model(attention))
+    told = [str(each.message) for each in told]
+    assert any("is causal; pass is_causal=True" in text for text in told)
+    assert any("'attention_mask' masks padding; pass key_padding_mask" in text for text in told)
+
+
+# -- heads that pool -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", ["stored", "repeated", "an operator's"])
+def test_a_head_that_pools_by_stored_queries_is_no_layer(queries):
+    """SigLIP's images end with one, in timm and, as pooler_output, in transformers."""
+    graph, rows = image_graph(0)
+    x = layer(graph, graph.add("Add", rows, seeded(1, 6, E)), norm_first=True)
+    k, v = (dense(graph, x, E, H * D, 30 + i) for i in range(2))
+    if queries == "an operator's":
+        context = graph.add("Attention", seeded(B, 1, H * D), k, v, q_num_heads=H, kv_num_heads=H)
+    else:
+        probe = seeded(1, H, 1, D)
+        if queries == "repeated":
+            probe = graph.add("Expand", probe, graph.add("Concat", graph.add("Shape", x, start=0, end=1), np.array([H, 1, D]), axis=0))
+        keys = graph.add("Transpose", graph.split(k, H, D), perm=[0, 1, 3, 2])
+        scores = graph.add("Mul", graph.add("MatMul", probe, keys), number(D**-0.5))
+        context = graph.join(graph.add("MatMul", graph.add("Softmax", scores, axis=-1), graph.split(v, H, D)), H * D)
+    model = graph.model(dense(graph, context, H * D, E, 33))
+    image = ImageEncoder.from_onnx(model)
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(x))
+    wanted = ReferenceEvaluator(model).run([x], graph.inputs)[0]
+    spots = image.embedding.places(8, 12)
+    with image.encoder.prepared((B, len(spots))) as sequences:
+        found = image.forward(NumpyOps(), image.embedding.patches(graph.inputs["pixels"]), spots, B, sequences)
+    np.testing.assert_allclose(found.reshape(wanted.shape), wanted, **CLOSE)
+
+
+# -- positions -----------------------------------------------------------------------------------------
+
+
+def test_a_bias_that_a_scatter_puts_together_is_a_constant():
+    """As BEiT's of transformers: the numbers of pairs of patches are written into those of all pairs."""
+    graph = Graph(x=seeded(B, L, E))
+
+    def with_bias(graph, scores):
+        size = graph.add("Cast", graph.add("Size", graph.add("Shape", scores)), to=onnx.TensorProto.FLOAT)  # 4 axes
+        cells = np.stack(np.meshgrid(np.arange(H), np.arange(1, L), np.arange(1, L), indexing="ij"), -1)
+        table = graph.add("ScatterND", seeded(H, L, L), cells, graph.add("Mul", seeded(H, L - 1, L - 1), size))
+        return graph.add("Add", scores, table)
+
+    x = norm_node(graph, graph.add("Add", "x", attended(graph, 0, *heads(graph, "x", 0), with_bias)), seeded(E), seeded(E))
+    x = norm_node(graph, graph.add("Add", x, dense(graph, graph.add("Relu", dense(graph, x, E, 7, 6)), 7, E, 7)), seeded(E), seeded(E))
+    assert read(graph, x).layers[0].attention.position_bias is not None
+
+
+def test_rotary_tables_of_fewer_rows_than_are_looked_at():
+    """Texts of 150 tokens would read beyond the table's end; shorter ones tell as much."""
+    length, table = 9, 40
+    ids = np.random.default_rng(2).integers(3, V, (B, length))
+    angles = np.arange(table)[:, None] * 100.0 ** -(np.arange(D // 2) / (D // 2))
+    graph = Graph(input_ids=ids)
+    x = norm_node(graph, graph.add("Gather", seeded(V, E), "input_ids"), 1 + 0.3 * seeded(E), seeded(E))
+
+    def turned(x):
+        rows = graph.add("Range", np.array(0), graph.add("Gather", graph.add("Shape", x), np.array(2)), np.array(1))
+        cosines, sines = (graph.add("Gather", np.concatenate([each(angles)] * 2, -1).astype(np.float32), rows) for each in (np.cos, np.sin))
+        head = graph.add("Slice", x, np.array([0]), np.array([2 * (D // 2)]), np.array([-1]))
+        rest = graph.add("Slice", x, np.array([2 * (D // 2)]), np.array([D]), np.array([-1]))
+        a, b = (graph.add("Slice", head, np.array([i]), np.array([i + D // 2]), np.array([-1])) for i in (0, D // 2))
+        other = graph.add("Concat", graph.add("Neg", b), a, axis=-1)
+        both = graph.add("Add", graph.add("Mul", head, cosines), graph.add("Mul", other, sines))
+        return graph.add("Concat", both, rest, axis=-1)
+
+    q, k, v = heads(graph, x, 0)
+    x = norm_node(graph, graph.add("Add", x, attended(graph, 0, turned(q), turned(k), v)), seeded(E), seeded(E))
+    x = norm_node(graph, graph.add("Add", x, dense(graph, graph.add("Relu", dense(graph, x, E, 7, 6)), 7, E, 7)), seeded(E), seeded(E))
+    model = open_axes(graph.model(x), "b", "l")
+    text = TextEncoder.from_onnx(model)
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(hidden(text, ids, np.ones_like(ids)), wanted.reshape(-1, E), **CLOSE)
+
+
+def test_positions_that_were_stored_for_one_length():
+    """open_clip's, whose slice of the table is a constant of the trace: of shorter texts they are its first rows."""
+    graph = Graph(input_ids=IDS)
+    table = 0.5 * seeded(L, E)
+    x = graph.add("Add", graph.add("Gather", 0.5 * seeded(V, E), "input_ids"), table)
+    model = open_axes(graph.model(layer(graph, x)), "b", "l")
+    text = TextEncoder.from_onnx(model)
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(hidden(text, IDS, np.ones_like(IDS)), wanted.reshape(-1, E), **CLOSE)
+    np.testing.assert_array_equal(text.embedding.position_weight, table)
+
+
+def test_positions_that_are_gathered_as_one_row():
+    """M2M-100's, numbered as RoBERTa's, whose index and rows are reshaped."""
+    ids = np.where(MASK, IDS, 1)
+    graph = Graph(input_ids=ids, attention_mask=MASK)
+    real = graph.add("Cast", graph.add("Not", graph.add("Equal", "input_ids", np.array(1))), to=onnx.TensorProto.INT64)
+    index = graph.add("Add", graph.add("Mul", graph.add("CumSum", real, np.array(1)), real), np.array(1))
+    rows = graph.add("Gather", 0.5 * seeded(L + 2, E), graph.add("Reshape", index, np.array([-1])))
+    shape = graph.add("Concat", graph.add("Shape", "input_ids"), np.array([E]), axis=0)
+    x = graph.add("Add", graph.add("Gather", 0.5 * seeded(V, E), "input_ids"), graph.add("Reshape", rows, shape))
+    wide = graph.add("Unsqueeze", graph.add("Cast", "attention_mask", to=onnx.TensorProto.FLOAT), np.array([1, 2]))
+    mask = graph.add("Mul", graph.add("Sub", number(1), wide), number(-3.4e38))
+    model = open_axes(graph.model(layer(graph, x, mask=mask)), "b", "l")
+    text = TextEncoder.from_onnx(model)
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(hidden(text, ids), wanted[MASK > 0], **CLOSE)
+    assert text.embedding.padding_id == 1
+
+
+def test_embeddings_of_more_tables_are_refused_with_the_way_out():
+    """LayoutLM's, of boxes."""
+    graph = Graph(input_ids=IDS, box=np.zeros_like(IDS), kind=np.zeros_like(IDS))
+    x = graph.add("Gather", seeded(V, E), "input_ids")
+    for name in ("box", "kind"):
+        x = graph.add("Add", x, graph.add("Gather", seeded(2, E), name))
+    with pytest.raises(ValueError, match="one table of types, got a second one .*; TransformerEncoder.from_onnx reads the layers"):
+        TextEncoder.from_onnx(graph.model(layer(graph, x)))
+
+
+# -- activations ---------------------------------------------------------------------------------------
+
+TWICE = {"gelu": lambda g, x: g.add("Mul", x, g.add("Add", g.add("Erf", g.add("Div", x, number(2**0.5))), number(1))),
+         "relu": lambda g, x: g.add("Mul", g.add("Relu", x), number(3))}
+
+
+@pytest.mark.parametrize(("name", "form"), TWICE.items(), ids=TWICE)
+def test_a_factor_behind_an_activation_goes_into_the_next_map(name, form):
+    """onnxruntime moves GELU's half into the product behind it, as its alpha."""
+    graph = Graph(x=seeded(B, L, E))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(graph, layer(graph, "x", activation=form)).layers[0].feed_forward.activation == name
