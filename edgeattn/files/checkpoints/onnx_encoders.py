@@ -102,13 +102,17 @@ def read_encoder(graph, nodes, *, arithmetic=None):
 def look_further(encoder, graph, nodes):
     """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens, nor T5's bias."""
     for layer, node in zip(encoder.layers, nodes, strict=True):
-        found = attention_at(graph, node)
-        told, arguments = found.told, layer.attention.arguments
-        if found.added is not None and (bias := relative_bias(graph, found.added)) is not None:
-            told = [text for text in told if ADDED not in text]
-            arguments = {**arguments, "position_bias": bias}
-        layer.attention = dataclasses.replace(layer.attention, told=told, causal=found.causal, window=found.window,
-                                              arguments=arguments)
+        layer.attention = looked_further(layer.attention, graph, node)
+
+
+def looked_further(attention, graph, node):
+    """The same with the masks, and T5's bias, that a graph of longer sequences shows."""
+    found = attention_at(graph, node)
+    told, arguments = found.told, attention.arguments
+    if found.added is not None and (bias := relative_bias(graph, found.added)) is not None:
+        told = [text for text in told if ADDED not in text]
+        arguments = {**arguments, "position_bias": bias}
+    return dataclasses.replace(attention, told=told, causal=found.causal, window=found.window, arguments=arguments)
 
 
 def each_its_own(encoder):

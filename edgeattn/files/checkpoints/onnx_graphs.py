@@ -23,6 +23,7 @@ from edgeattn.files.checkpoints.onnx_encoders import (
     Encoder,
     each_its_own,
     look_further,
+    looked_further,
     read_encoder,
     refuse_positions,
 )
@@ -98,6 +99,10 @@ def onnx_weights(
     def read(batch, _=None, length=None):
         graph = graphs(batch, bound, length)
         found = attention_at(graph, choose(graph, node))
+        for longer in _longer(graphs, graph, batch, bound):
+            with contextlib.suppress(NotRead):
+                found = looked_further(found, longer, choose(longer, node))
+                break
         return found, [*found.told, *_of_padding(graph, masks, [found.node]), *apart(graph, found)]
 
     found, told = read_graph(graphs, read)
@@ -116,6 +121,13 @@ def apart(graph, found):
     if found.beyond is not None:
         yield (f"what {title(found.node)} gives goes into {found.beyond}, which is not part of the layer; the layer "
                "has no output projection")
+
+
+def _longer(graphs, graph, batch, bound):
+    """Graphs of longer sequences, the longest first; none of one that was traced for a length, or has short tables."""
+    for length in (LONG, *SHORTER) if graph.open_axes else ():
+        with contextlib.suppress(NotRead):
+            yield graphs(batch, bound, length)
 
 
 def _padding(graphs):
@@ -177,9 +189,8 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
         graph = graphs(batch, bound, length)
         nodes = attention_nodes(graph)
         found = read_encoder(graph, nodes, arithmetic=arithmetic)
-        for further in (LONG, *SHORTER) if graph.open_axes else ():
-            with contextlib.suppress(NotRead):  # of a model that was traced for one length, or has short tables
-                longer = graphs(batch, bound, further)
+        for longer in _longer(graphs, graph, batch, bound):
+            with contextlib.suppress(NotRead):
                 look_further(found, longer, attention_nodes(longer))
                 break
         refuse_positions(found)

@@ -107,6 +107,22 @@ def test_a_mask_of_padding_hides_no_causal_mask_of_one_layer():
     assert any("'attention_mask' masks padding; pass key_padding_mask" in text for text in told)
 
 
+def test_one_layer_has_what_only_longer_sequences_show():
+    """A window wider than the few tokens that weights are read with, as ModernBERT's of 64 on each side; T5's bias."""
+    def wide(graph, scores):
+        apart = graph.add("Abs", graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1)))
+        return graph.add("Where", graph.add("Less", apart, np.array(40)), scores, number(-1e9))
+
+    graph, attention, _ = masked_text(wide)
+    with pytest.warns(UserWarning) as told:
+        MultiHeadAttention.from_onnx(open_axes(graph.model(attention), "b", "l"))
+    assert any("has a window; pass window_size=(39, 39) in each call" in str(each.message) for each in told)
+    graph, attention, _ = masked_text(biased)
+    with pytest.warns(UserWarning) as told:
+        found = MultiHeadAttention.from_onnx(open_axes(graph.model(attention), "b", "l"))
+    assert found.position_bias is not None and not [each for each in told if "adds" in str(each.message)]
+
+
 # -- heads that pool -----------------------------------------------------------------------------------
 
 
