@@ -25,6 +25,7 @@ from edgeattn.files.checkpoints.onnx_values import NotRead
 LONG = 150  # tokens: half the widest window of models known is 64
 SHORTER = (128, 64, 32)  # of models whose tables, of a rotary embedding say, have no more rows
 ALONE = "MultiHeadAttention.from_onnx(path, node=...) reads attention alone"
+PART = "TransformerEncoder.from_onnx(path, nodes=range(...)) the layers of one part"
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ def read_encoder(graph, nodes, *, arithmetic=None):
         elif layers and residual != stream:
             raise NotRead(f"the residual of {title(node)} must be the sum that the layer before gives, {stream!r}, got "
                           f"{residual!r}: another encoder, or something between two layers; TextEncoder.from_onnx and "
-                          f"ImageEncoder.from_onnx read those of a model of texts and images, {ALONE}")
+                          f"ImageEncoder.from_onnx read those of a model of texts and images, {PART}, {ALONE}")
         layers.append(layer)
         stream = total
     if not layers[-1].norm_first:
@@ -103,6 +104,14 @@ def look_further(encoder, graph, nodes):
     """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens, nor T5's bias."""
     for layer, node in zip(encoder.layers, nodes, strict=True):
         layer.attention = looked_further(layer.attention, graph, node)
+
+
+def of_size(layer):
+    """Take what scores have added, as BEiT's tables of distances in two directions, for images of the graph's size."""
+    if layer.attention.added is not None:
+        layer.attention = dataclasses.replace(
+            layer.attention, told=[text for text in layer.attention.told if ADDED not in text],
+            arguments={**layer.attention.arguments, "position_bias": layer.attention.added})
 
 
 def looked_further(attention, graph, node):
@@ -217,6 +226,9 @@ def _norm(graph, start, end, place, *, optional=False):
 def _norm_behind(graph, value):
     """(the value that a norm of a value gives, the norm); (the value, ()) where there is none."""
     found = value, ()
+    if any(node.op_type in ("Add", "Sum") and all(graph.constant(name) is None for name in node.input)
+           for node in graph.readers.get(value, ())):
+        return found  # more layers follow, to which the norm belongs: the value is their residual
     for node in itertools.islice(graph.nodes_behind(value), FEW_NODES):
         end = graph.output(node)
         # a mask of ones, as models are read with, makes no other norm of one

@@ -8,6 +8,8 @@ list of forms that exporters write.
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -34,10 +36,11 @@ from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_rows import root_of
 from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape, Values
-from edgeattn.files.paths import reading
+from edgeattn.files.paths import reading, reason
 from edgeattn.hints import FRAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any, SupportsIndex
 
     from numpy.typing import NDArray
@@ -49,6 +52,7 @@ _MOST_RETRIED = 10_000  # nodes: a larger graph is read for one size only
 _QUICK = 256  # nodes around a Softmax that are looked at for products: quantizers stand between all
 _WAVE = 2000  # samples: of 400 and 320 of one and the next frame, as Wav2Vec2 has them, 6 frames
 _FEW, _LONGEST = 4, 4096  # lengths that a graph is tried for, and the longest of them
+_FIRST, _LARGEST_IMAGE = 10, 1024  # tokens in front of patches, and the largest image that a graph is tried for
 
 
 def onnx_weights(
@@ -96,8 +100,8 @@ def onnx_weights(
     graphs = open_graph(path_or_model)
     bound, masks = _padding(graphs)
 
-    def read(batch, _=None, length=None):
-        graph = graphs(batch, bound, length)
+    def read(batch, _=None, *sizes):
+        graph = graphs(batch, bound, *sizes)
         found = attention_at(graph, choose(graph, node))
         for longer in _longer(graphs, graph, batch, bound):
             with contextlib.suppress(NotRead):
@@ -166,11 +170,12 @@ def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmet
     return arithmetic
 
 
-def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Encoder:
+def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None,
+                 nodes: Iterable[SupportsIndex] | None = None) -> Encoder:
     """The encoder layers of an ONNX model, and the norm behind them; `arithmetic` as `kernel_set_of` gives it.
 
-    All attention of the model must be one encoder's. Around it there may be anything, as `onnx_weights` says; what
-    goes into the first layer and what the last one gives are told by their names.
+    All attention of the model must be one encoder's, or that of `nodes`, indices. Around it there may be anything, as
+    `onnx_weights` says; what goes into the first layer and what the last one gives are told by their names.
 
     Raises
     ------
@@ -184,20 +189,30 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
     """
     graphs = open_graph(path_or_model)
     bound, masks = _padding(graphs)
+    indices = None if nodes is None else _indices(nodes)
 
-    def read(batch, _=None, length=None):
-        graph = graphs(batch, bound, length)
-        nodes = attention_nodes(graph)
-        found = read_encoder(graph, nodes, arithmetic=arithmetic)
+    def of_layers(graph):
+        found = attention_nodes(graph)
+        if indices is None:
+            return found
+        if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < len(found):
+            raise ValueError(f"nodes must be indices of attention nodes in their order, got {reason(indices)}; "
+                             f"{_listing(graph, found)}")
+        return [found[index] for index in indices]
+
+    def read(batch, _=None, *sizes):
+        graph = graphs(batch, bound, *sizes)
+        layers = of_layers(graph)
+        found = read_encoder(graph, layers, arithmetic=arithmetic)
         for longer in _longer(graphs, graph, batch, bound):
             with contextlib.suppress(NotRead):
-                look_further(found, longer, attention_nodes(longer))
+                look_further(found, longer, of_layers(longer))
                 break
         refuse_positions(found)
         each_its_own(found)
         ends = {root_of(graph, name) for name in graph.outputs}
         whole = found.start in graph.inputs and found.end in ends
-        return found, whole, list(_of_padding(graph, masks, nodes))
+        return found, whole, list(_of_padding(graph, masks, layers))
 
     found, whole, padding = read_graph(graphs, read)
     for told in found.told + padding + ([] if whole else [
@@ -225,9 +240,9 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
     graphs = open_graph(path_or_model)
     inputs = text_inputs(graphs(2))
 
-    def read(batch, _=None, length=None):
+    def read(batch, _=None, length=None, image=None):
         def graph(bound, at=length):
-            return graphs(batch, bound, at)
+            return graphs(batch, bound, at, image)
 
         def nodes_of(graph):
             return _of_inputs(graph, inputs[:1])
@@ -262,9 +277,9 @@ def open_graph(path_or_model):
     """A function that gives the `Graph` of a model; arguments as its own from `batch` on."""
     model, values, source = _load(path_or_model)
 
-    def graph(batch, bound=None, length=None):
+    def graph(batch, *options):
         with reading(source, ".onnx file"):  # texts are decoded when they are looked at
-            return Graph(model, values, source, batch, bound, *([length] if length else []))
+            return Graph(model, values, source, batch, *options)
 
     graph.nodes = model.graph.node
     return graph
@@ -280,8 +295,11 @@ def read_graph(graphs, read):
             if len(graphs.nodes) > _MOST_RETRIED:
                 raise
             # of layouts with the length first, too, where it is taken for the batch
-            lengths = _lengths(graphs(2)) if isinstance(error, UnknownShape) else []
-            for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
+            graph = graphs(2)
+            lengths = _lengths(graph) if isinstance(error, UnknownShape) else []
+            images = [(2, None, None, size) for size in _image_sizes(graph)]
+            others = [*((length,) for length in lengths), *((2, None, length) for length in lengths)]
+            for sizes in (*images, (1,), *others):
                 try:
                     return read(*sizes)
                 except ValueError as other:  # of a size whose shapes are known: what stands there is the fault
@@ -302,6 +320,23 @@ def _lengths(graph):
                 if array is not None and array.size == 1 and array.dtype.kind in "iu" and 1 < array.item() <= _LONGEST:
                     found.append(array.item())
     return list(dict.fromkeys(found))[:_FEW]
+
+
+def _image_sizes(graph):
+    """Sizes of images, where they are open, with as many patches as a table of positions has rows, but for a few."""
+    patches = [node for node in graph.nodes if node.op_type == "Conv" and root_of(graph, node.input[0]) in graph.inputs]
+    shapes = [graph.shapes.get(graph.input(node, 1)) for node in patches]
+    if not graph.open_axes or not patches or shapes[0] is None or len(shapes[0]) != 4:
+        return []
+    features, _, kernel, _ = shapes[0]
+    step = (graph.attributes(patches[0]).get("strides") or [1])[0]
+    gathered = {graph.input(node, 0) for node in graph.nodes if node.op_type == "Gather"}
+    tables = [shape for name, shape in graph.stored_shapes() if shape[-1:] == (features,) and (
+        len(shape) == 3 and shape[0] == 1 or len(shape) == 2 and name in gathered)]
+    sides = [math.isqrt(shape[-2] - first) for shape in tables for first in range(min(_FIRST, shape[-2]))
+             if math.isqrt(shape[-2] - first) ** 2 == shape[-2] - first]
+    sizes = dict.fromkeys((side - 1) * step + kernel for side in sides if side > 1)
+    return [size for size in sizes if size <= _LARGEST_IMAGE][:_FEW]
 
 
 def _load(path_or_model):
@@ -381,9 +416,7 @@ def choose(graph, wanted):
     if not nodes:
         raise ValueError(f"{graph.source} must hold attention: found no Softmax between two products, and no Attention "
                          "operator")
-    known = ", ".join(f"{index}: {title(node)}" for index, node in enumerate(nodes[:_TOLD]))
-    known += f" and {len(nodes) - _TOLD} more" if len(nodes) > _TOLD else ""
-    known = f"attention nodes of {graph.source}: {known}"
+    known = _listing(graph, nodes)
     if wanted is None:
         chosen = nodes
     elif isinstance(wanted, str):
@@ -396,3 +429,18 @@ def choose(graph, wanted):
         asked = "node must be given" if wanted is None else f"node must be one of these, got {wanted!r}"
         raise ValueError(f"{asked}; {known}")
     return chosen[0]
+
+
+def _indices(nodes):
+    """The indices of attention nodes as a list."""
+    try:
+        return [operator.index(each) for each in nodes]
+    except TypeError:
+        raise TypeError(f"nodes must be indices of attention nodes, as range(6), got {reason(nodes)}") from None
+
+
+def _listing(graph, nodes):
+    """Attention nodes and their indices, as errors tell them."""
+    known = ", ".join(f"{index}: {title(node)}" for index, node in enumerate(nodes[:_TOLD]))
+    return f"attention nodes of {graph.source}: {known}" + (
+        f" and {len(nodes) - _TOLD} more" if len(nodes) > _TOLD else "")

@@ -14,6 +14,7 @@ from edgeattn.files.checkpoints.onnx_encoders import (
     Encoder,
     each_its_own,
     look_further,
+    of_size,
     read_encoder,
     refuse_positions,
 )
@@ -357,6 +358,8 @@ def read_image(graph, nodes, arithmetic=None):
         Naming the node where something else stands than in an image encoder.
     """
     encoder = read_encoder(graph, nodes, arithmetic=arithmetic)
+    for layer in encoder.layers:
+        of_size(layer)
     if encoder.told:
         raise NotRead(f"an image encoder must have no masks, got: {encoder.told[0]}; TransformerEncoder.from_onnx "
                       "reads the layers")

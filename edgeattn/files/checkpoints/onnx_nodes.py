@@ -32,18 +32,20 @@ class Graph:
         What an open first axis is taken for.
     bound : dict of str to function
         Inputs of the graph that are taken for known, name -> (shape) -> array.
-    length : int
-        What other open axes are taken for.
+    length : int, optional
+        What other open axes are taken for,
+    image : int, optional
+        and those of an image's height and width.
     """
 
-    def __init__(self, model, values, source, batch=_BATCH, bound=None, length=_LENGTH):
+    def __init__(self, model, values, source, batch=_BATCH, bound=None, length=None, image=None):
         if len(model.graph.node) > _MOST_NODES:
             raise NotRead(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = {value.name for value in model.graph.output}
         self.source, self.nodes = source, unfused(model.graph.node, self.outputs)
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
-        self._values, self._batch, self._length = values, batch, length
+        self._values, self._batch, self._length, self._image = values, batch, length or _LENGTH, image or _IMAGE
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.half = any(values.is_half(tensor) for tensor in model.graph.initializer)
         self.maker, self.readers, self.number = {}, {}, {}
@@ -71,6 +73,10 @@ class Graph:
                 self._arrays[name], self._known[name] = array_of(self.shapes[name]), True
         for node in self.nodes:
             self._follow(node)
+
+    def stored_shapes(self):
+        """(name, shape) of each stored value."""
+        return [(name, tuple(tensor.dims)) for name, tensor in self._stored.items()]
 
     def attributes(self, node):
         """The attributes of a node that are asked for, by name."""
@@ -111,7 +117,7 @@ class Graph:
             self.open_axes = True
         if i == axes - 1 and axes < 4 and (width := self._width(name)) is not None:
             return width
-        usual = self._batch if i == 0 else (3 if i == 1 else _IMAGE) if axes == 4 else self._length
+        usual = self._batch if i == 0 else (3 if i == 1 else self._image) if axes == 4 else self._length
         return self._open.setdefault(dim.dim_param, usual) if dim.dim_param else usual
 
     def _width(self, name):
@@ -234,6 +240,8 @@ class Graph:
                 shape = functions.whole_numbers(inputs[0], "a shape")
                 self._spend(_elements(shape))
                 return [np.full(shape, self._values.filled(node))]
+            if kind in ("Identity", "Dropout"):  # of weights that layers share: nothing is copied
+                return [inputs[0]]
             self._spend(max((array.size for array in inputs if array is not None), default=0))
             if (shape := self.shapes.get(self.output(node))) is not None and kind not in functions.LAYOUT:
                 self._spend(_elements(shape))

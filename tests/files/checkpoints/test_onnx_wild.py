@@ -249,3 +249,81 @@ def test_a_factor_behind_an_activation_goes_into_the_next_map(name, form):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read(graph, layer(graph, "x", activation=form)).layers[0].feed_forward.activation == name
+
+
+# -- parts of a model ----------------------------------------------------------------------------------
+
+
+def test_nodes_are_the_layers_of_one_part():
+    """Another stage behind the first two layers; of those the last has no norm, for the one behind is the third's."""
+    graph = Graph(x=seeded(B, L, E))
+    middle = layer(graph, layer(graph, "x", norm_first=True), 20, norm_first=True)
+    rows = graph.linear(layer(graph, middle, 40, norm_first=True), seeded(E, E), seeded(E))
+    model = graph.model(layer(graph, rows, 60, norm_first=True))
+    with pytest.raises(ValueError, match=r"must be the sum that the layer before gives, .*nodes=range\(\.\.\.\)\) the layers"):
+        TransformerEncoder.from_onnx(model)
+    with pytest.warns(UserWarning, match=f"the encoder takes 'x' and gives '{middle}'"):
+        encoder = TransformerEncoder.from_onnx(model, nodes=range(2))
+    assert len(encoder.layers) == 2 and encoder.norm is None
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(middle))
+    wanted = ReferenceEvaluator(model).run([middle], graph.inputs)[0]
+    np.testing.assert_allclose(computed(encoder, graph.inputs["x"]), wanted, **CLOSE)
+    for nodes in ([], [1, 0], [1, 4], [-1]):
+        with pytest.raises(ValueError, match=r"nodes must be indices of attention nodes in their order, .*3: Softmax node"):
+            TransformerEncoder.from_onnx(model, nodes=nodes)
+    with pytest.raises(TypeError, match=r"nodes must be indices of attention nodes, as range\(6\), got x"):
+        TransformerEncoder.from_onnx(model, nodes="x")
+
+
+def test_layers_that_share_weights_through_identities():
+    """As torch exports a layer that is applied again and again: more is read of each weight than it has numbers."""
+    graph = Graph(x=seeded(B, L, E))
+    model = graph.model(layer(graph, "x", norm_first=True))
+    large = np.zeros((2**11, 2**11), np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(large, "large"))
+    copies = [onnx.helper.make_node("Identity", ["large"], [f"copy{i}"]) for i in range(12)]
+    first = model.graph.node[0].input[1] if model.graph.node[0].op_type == "LayerNormalization" else None
+    assert first is not None
+    sums = [onnx.helper.make_node("Concat", [f"copy{i}" for i in range(12)], ["all"], axis=0),
+            onnx.helper.make_node("Slice", ["copy11", "none", "width"], ["row"]),
+            onnx.helper.make_node("Reshape", ["row", "flat"], ["zeros"]),
+            onnx.helper.make_node("Add", [first, "zeros"], ["weight"])]
+    for name, value in (("none", [0, 0]), ("width", [1, E]), ("flat", [E])):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+    nodes = [*copies, *sums[1:], *model.graph.node]
+    nodes[len(copies) + 3].input[1] = "weight"
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    assert len(TransformerEncoder.from_onnx(model).layers) == 1
+
+
+# -- images of open sizes ------------------------------------------------------------------------------
+
+
+def open_image(first, gathered=False, distances=False):
+    """A model whose images are as wide and high as its table of positions, or of distances, has rows for: 12 by 12."""
+    graph = Graph(pixels=seeded(B, 3, 12, 12))
+    patches = graph.add("Conv", "pixels", 0.3 * seeded(E, 3, 4, 4), seeded(E), strides=[4, 4], kernel_shape=[4, 4])
+    shape = graph.add("Concat", graph.add("Shape", patches, start=0, end=2), np.array([-1]), axis=0)
+    rows = graph.add("Transpose", graph.add("Reshape", patches, shape), perm=[0, 2, 1])
+    if first:
+        size = graph.add("Concat", graph.add("Shape", rows, start=0, end=1), np.array([first, E]), axis=0)
+        rows = graph.add("Concat", graph.add("Expand", seeded(1, first, E), size), rows, axis=1)
+    table = seeded(1, first + 9, E)
+    table = graph.add("Gather", table[0], np.arange(first + 9)) if gathered else table
+    rows = graph.add("Add", rows, table)
+    mask = seeded(1, H, first + 9, first + 9) if distances else None
+    return graph, open_axes(graph.model(layer(graph, rows, norm_first=True, mask=mask)), "b", "c", "h", "w")
+
+
+@pytest.mark.parametrize("options", [{"first": 0}, {"first": 1}, {"first": 5, "gathered": True}, {"first": 1, "distances": True}])
+def test_images_of_open_sizes_are_as_large_as_positions_say(options):
+    """Optimum leaves height and width open."""
+    graph, model = open_image(**options)
+    image = ImageEncoder.from_onnx(model)
+    assert (image.embedding.image_size, image.embedding.first_tokens) == ((12, 12), options["first"])
+    spots = image.embedding.places(12, 12)
+    with image.encoder.prepared((B, len(spots))) as sequences:
+        found = image.forward(NumpyOps(), image.embedding.patches(graph.inputs["pixels"]), spots, B, sequences)
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(found.reshape(wanted.shape), wanted, **CLOSE)
