@@ -296,6 +296,24 @@ def test_layers_that_share_weights_through_identities():
     assert len(TransformerEncoder.from_onnx(model).layers) == 1
 
 
+# -- patches -------------------------------------------------------------------------------------------
+
+
+def test_patches_of_codes_that_are_made_in_each_call():
+    """quantize_dynamic's: ConvInteger, whose sums a Cast and a Mul by both scales make real."""
+    graph = Graph(pixels=seeded(B, 3, 8, 12))
+    codes, scale, zero = graph.add("DynamicQuantizeLinear", "pixels", outputs=3)
+    weight = np.random.default_rng(3).integers(0, 255, (E, 3, 4, 4)).astype(np.uint8)
+    sums = graph.add("ConvInteger", codes, weight, zero, np.array(120, np.uint8), strides=[4, 4], kernel_shape=[4, 4])
+    real = graph.add("Mul", graph.add("Cast", sums, to=onnx.TensorProto.FLOAT), graph.add("Mul", scale, number(0.01)))
+    rows = graph.add("Reshape", graph.add("Add", real, seeded(1, E, 1, 1)), np.array([B, E, -1]))
+    rows = graph.add("Add", graph.add("Transpose", rows, perm=[0, 2, 1]), seeded(1, 6, E))
+    image = ImageEncoder.from_onnx(graph.model(layer(graph, rows, norm_first=True)))
+    wanted = (weight.astype(np.float32) - 120) * number(0.01)
+    np.testing.assert_allclose(image.embedding.projection.weight, wanted.reshape(E, -1), rtol=1e-6)
+    np.testing.assert_allclose(image.embedding.places(8, 12), seeded(1, 6, E)[0] + seeded(1, E, 1, 1).reshape(E), rtol=1e-6)
+
+
 # -- images of open sizes ------------------------------------------------------------------------------
 
 
