@@ -249,7 +249,7 @@ def _convolution_of_codes(w):
 
 
 def _dynamic_convolution(w):
-    """The Mul that makes reals of what ConvInteger sums of codes, as quantize_dynamic writes it: a Conv of the reals."""
+    """The Mul that makes reals of the sums of a ConvInteger, as quantize_dynamic writes them: a Conv of reals."""
     for sums, scales in (list(w.node.input), list(w.node.input)[::-1]) if len(w.node.input) == 2 else ():
         cast, both = w.maker.get(sums), w.maker.get(scales)
         if cast is None or cast.op_type != "Cast" or both is None or both.op_type != "Mul":

@@ -236,6 +236,54 @@ def test_embeddings_of_more_tables_are_refused_with_the_way_out():
         TextEncoder.from_onnx(graph.model(layer(graph, x)))
 
 
+def test_rotary_embeddings_in_half_precision_have_the_base_of_the_float_model():
+    """Of two digits, as bases are; one that is scaled for long texts is refused as ever, for only small angles show it."""
+    size, ids = 32, np.random.default_rng(2).integers(3, V, (B, 9))
+    frequencies = 160000.0 ** -(np.arange(size // 2) / (size // 2))
+
+    def built(frequencies):
+        graph = Graph(input_ids=ids)
+        x = norm_node(graph, graph.add("Gather", seeded(V, E), "input_ids"), 1 + 0.3 * seeded(E), seeded(E))
+        angles = (np.arange(9)[:, None].astype(np.float16) * frequencies.astype(np.float16)).astype(np.float32)
+        cosines, sines = (graph.add("Cast", np.concatenate([each(angles)] * 2, -1).astype(np.float16), to=onnx.TensorProto.FLOAT)
+                          for each in (np.cos, np.sin))
+
+        def turned(x):
+            a, b = (graph.add("Slice", x, np.array([i]), np.array([i + size // 2]), np.array([-1])) for i in (0, size // 2))
+            return graph.add("Add", graph.add("Mul", x, cosines), graph.add("Mul", graph.add(
+                "Concat", graph.add("Neg", b), a, axis=-1), sines))
+
+        q, k, v = (graph.split(dense(graph, x, E, 2 * size, i), 2, size) for i in range(3))
+        scores = graph.add("MatMul", turned(q), graph.add("Transpose", turned(k), perm=[0, 1, 3, 2]))
+        weights = graph.add("Softmax", graph.add("Mul", scores, number(size**-0.5)), axis=-1)
+        return graph.model(dense(graph, graph.join(graph.add("MatMul", weights, v), 2 * size), 2 * size, E, 3))
+
+    assert MultiHeadAttention.from_onnx(built(frequencies)).rotary.base == 160000
+    with pytest.raises(ValueError, match="cosines in half precision, which tell no base: export the float32 model"):
+        MultiHeadAttention.from_onnx(built(np.where(frequencies < 1e-3, frequencies / 8, frequencies)))
+
+
+def test_buckets_in_half_precision_are_those_of_the_float_model():
+    """T5's, whose logarithm of 16 in half precision is too small, and so the bucket is that of 15."""
+    table = seeded(32, H).astype(np.float16)
+
+    def bucket(distance):
+        far = abs(distance)
+        far = far if far < 8 else min(8 + int(np.log(far / 8) / np.log(16) * 8 - (1e-3 if far in (16, 32) else 0)), 15)
+        return far + 16 * (distance > 0)
+
+    def with_bias(graph, scores):
+        apart = graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1))
+        index = graph.add("Gather", np.array([bucket(d) for d in range(-199, 200)]), graph.add("Add", apart, np.array(199)))
+        rows = graph.add("Gather", graph.add("Cast", table, to=onnx.TensorProto.FLOAT), index)
+        return graph.add("Add", scores, graph.add("Transpose", rows, perm=[2, 0, 1]))
+
+    _, _, model = masked_text(with_bias)
+    bias = TextEncoder.from_onnx(model).encoder.layers[0].attention.position_bias
+    assert (bias.max_distance, bias.bidirectional) == (128, True)
+    np.testing.assert_array_equal(bias.table, table.astype(np.float32))
+
+
 # -- activations ---------------------------------------------------------------------------------------
 
 TWICE = {"gelu": lambda g, x: g.add("Mul", x, g.add("Add", g.add("Erf", g.add("Div", x, number(2**0.5))), number(1))),
