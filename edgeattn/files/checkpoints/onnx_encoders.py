@@ -19,12 +19,11 @@ from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import between, norm_between
 from edgeattn.files.checkpoints.onnx_projections import is_map_of
 from edgeattn.files.checkpoints.onnx_relative import relative_bias
-from edgeattn.files.checkpoints.onnx_rows import FEW_NODES, PLAIN, root_of, rows_of, sum_behind
+from edgeattn.files.checkpoints.onnx_rows import ALONE, FEW_NODES, PLAIN, root_of, rows_of, sum_behind
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 LONG = 150  # tokens: half the widest window of models known is 64
 SHORTER = (128, 64, 32)  # of models whose tables, of a rotary embedding say, have no more rows
-ALONE = "MultiHeadAttention.from_onnx(path, node=...) reads attention alone"
 PART = "TransformerEncoder.from_onnx(path, nodes=range(...)) the layers of one part"
 
 
