@@ -218,7 +218,7 @@ def _norm(graph, start, end, place, *, optional=False):
     found = norm_between(graph, start, end)
     if found is None or not (found or optional):
         raise NotRead(f"{place} there must be a LayerNormalization or RMSNormalization over the features, in one node "
-                      f"or taken apart, with constant weights; got {between(graph, {start}, end)}")
+                      f"or taken apart, with constant weights; got {between(graph, {start}, end)}; {ALONE}")
     return found
 
 

@@ -285,7 +285,8 @@ def _turned(terms, offset, width, place, half_precision):
     """(index, factor, (features turned, base, interleaved)) of a rotary embedding of positions 0, 1, ..."""
     wrong = NotRead(
         f"{place} must be turned as by a rotary embedding, by angles p * base^(-2 i / R) of positions p "
-        "from 0 on, or not at all; got sums of features by another rule" + (
+        "from 0 on, or not at all; got sums of features by another rule, as scaled ones, or those of images in two "
+        "directions (DINOv3, EVA-02), which have no place in a layer" + (
             ", or cosines in half precision, which tell no base: export the float32 model" if half_precision else "")
     )
     length, size = terms[0][0].shape[1:]

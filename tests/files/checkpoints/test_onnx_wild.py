@@ -30,6 +30,7 @@ from test_onnx_encoders import (
 )
 
 from edgeattn import ImageEncoder, MultiHeadAttention, TextEncoder, TransformerEncoder
+from edgeattn.cli_open import open_model
 from edgeattn.executors.numpy import NumpyOps
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
@@ -392,3 +393,13 @@ def test_images_of_open_sizes_are_as_large_as_positions_say(options):
         found = image.forward(NumpyOps(), image.embedding.patches(graph.inputs["pixels"]), spots, B, sequences)
     wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
     np.testing.assert_allclose(found.reshape(wanted.shape), wanted, **CLOSE)
+
+
+def test_commands_say_why_a_file_is_no_encoder(tmp_path):
+    """Not only that it has several attention layers, of which none was chosen."""
+    graph = Graph(x=seeded(B, L, E))
+    model = graph.model(layer(graph, layer(graph, "x", activation=lambda g, x: g.add("Tanh", x)), 20))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"model.onnx: between MatMul .* there must be gelu, .*; and as one attention layer: node must be "
+                                         r"given; attention nodes of .*1: Softmax node"):
+        open_model(tmp_path / "model.onnx")
