@@ -68,7 +68,10 @@ def _in_onnx(path, texts, tokenizer, scheme, arithmetic):
             return reader()
     try:
         return edgeattn.TransformerEncoder.from_onnx(path, **given)
-    except ValueError:
+    except ValueError as error:
         if scheme == "static":
             raise
-    return edgeattn.MultiHeadAttention.from_onnx(path)
+        try:
+            return edgeattn.MultiHeadAttention.from_onnx(path)
+        except ValueError as alone:
+            raise ValueError(f"{error}; and as one attention layer: {alone}") from None

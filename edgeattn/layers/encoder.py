@@ -160,7 +160,7 @@ class TransformerEncoder(Placeable, Stored):
     @classmethod
     @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, *, scheme: OnnxScheme = "float32",
-                  arithmetic: Arithmetic | None = None) -> Self:
+                  arithmetic: Arithmetic | None = None, nodes: Iterable[SupportsIndex] | None = None) -> Self:
         """The encoder in an ONNX model: from the input of its first layer to the norm behind its last.
 
         It is found from its attention, see `MultiHeadAttention.from_onnx`, and told by what is computed around that,
@@ -172,7 +172,7 @@ class TransformerEncoder(Placeable, Stored):
         Parameters
         ----------
         path_or_model : path or onnx.ModelProto
-            Needs the onnx package. All its attention must be that of one encoder.
+            Needs the onnx package. All its attention must be that of one encoder, but where `nodes` says which is.
         scheme : {"float32", "static"}
             What a file with QuantizeLinear and DequantizeLinear (QDQ) becomes: "float32", the float encoder of its
             weights; "static", an int8 encoder by the scales that it has, without data, equal to the one that
@@ -180,6 +180,10 @@ class TransformerEncoder(Placeable, Stored):
         arithmetic : str
             Of "static", the kernel set to compute as, a name in `edgeattn.arithmetic.KERNEL_SETS`; "litert" unless
             given, for a file names none.
+        nodes : iterable of int, optional
+            The attention nodes of the layers, one after the other, by their indices as
+            `MultiHeadAttention.from_onnx` lists them: range(6) of a model whose encoder has six layers, and a decoder
+            or another stage behind it. All of the model unless given.
 
         Returns
         -------
@@ -197,7 +201,7 @@ class TransformerEncoder(Placeable, Stored):
         """
         with named(path_or_model):
             kernel_set = checkpoints.kernel_set_of(scheme, arithmetic)
-            return cls.from_found(checkpoints.onnx_encoder(path_or_model, kernel_set))
+            return cls.from_found(checkpoints.onnx_encoder(path_or_model, kernel_set, nodes))
 
     @classmethod
     def from_found(cls, found: Any) -> Self:

@@ -192,7 +192,7 @@ class AttentionWeights(Positions, Sizes, Saveable):
     def from_checkpoint(
         cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
     ) -> Self:
-        """The attention under a prefix, named as by BERT, ViT, DistilBERT, CLIP, Whisper, T5, Llama, GPT-2 or timm.
+        """The attention under a prefix, named as by torch, BERT, ViT, CLIP, Whisper, T5, Llama, GPT-2, timm and others.
 
         Heads that share keys are known by the keys' width. What the family does to positions is told by a warning.
 

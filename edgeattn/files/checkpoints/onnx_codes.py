@@ -412,10 +412,10 @@ def _static_network(graph, net, activation, name, arithmetic):
         tensors["gated"] = _scale_of(graph, hidden, f"the hidden features of {what}")
         tensors["activation"] = _activation_scale(graph, hidden, net, what)
     tensors["linear2"] = _scale_of(graph, net.end, f"the output of {what}")
-    # before and behind a steeper silu
-    for role in ("activation", *(["linear1"] if net.gate is None else ["gate", "gated"])):
-        if net.steep != 1 and role in tensors:
-            tensors[role] = tensors[role][0] * net.steep, tensors[role][1]
+    for role, number in (("linear1" if net.gate is None else "gate", net.before), ("activation", net.behind),
+                         ("gated", net.behind)):
+        if number != 1 and role in tensors:
+            tensors[role] = tensors[role][0] * number, tensors[role][1]
     arrays = {}
     for role, leaf in (("linear1", net.linear1), ("gate", net.gate)):
         if leaf is not None:
@@ -426,7 +426,7 @@ def _static_network(graph, net, activation, name, arithmetic):
             arrays |= {f"{role}.{part}": array
                        for part, array in _coded(weight, bias, scale, given, f"the weights of {what}").items()}
     arrays |= {f"linear2.{part}": array for part, array in _coded(
-        *net.linear2, _weight_scale(graph, net.second, f"the second weights of {what}") / np.float32(net.steep),
+        *net.linear2, _weight_scale(graph, net.second, f"the second weights of {what}") / np.float32(net.behind),
         tensors["activation" if net.gate is None else "gated"], f"the second weights of {what}").items()}
     further = [] if net.further is None else _pieces(*net.further, tensors["linear2"], what)
     return {"activation": activation, "arithmetic": arithmetic, "more_inputs": list(rows.more), "more_outputs": further,

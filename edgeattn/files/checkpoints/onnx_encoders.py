@@ -19,11 +19,12 @@ from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import between, norm_between
 from edgeattn.files.checkpoints.onnx_projections import is_map_of
 from edgeattn.files.checkpoints.onnx_relative import relative_bias
-from edgeattn.files.checkpoints.onnx_rows import FEW_NODES, PLAIN, root_of, rows_of, sum_behind
+from edgeattn.files.checkpoints.onnx_rows import ALONE, FEW_NODES, PLAIN, root_of, rows_of, sum_behind
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 LONG = 150  # tokens: half the widest window of models known is 64
-ALONE = "MultiHeadAttention.from_onnx(path, node=...) reads attention alone"
+SHORTER = (128, 64, 32)  # of models whose tables, of a rotary embedding say, have no more rows
+PART = "TransformerEncoder.from_onnx(path, nodes=range(...)) the layers of one part"
 
 
 @dataclasses.dataclass
@@ -87,7 +88,7 @@ def read_encoder(graph, nodes, *, arithmetic=None):
         elif layers and residual != stream:
             raise NotRead(f"the residual of {title(node)} must be the sum that the layer before gives, {stream!r}, got "
                           f"{residual!r}: another encoder, or something between two layers; TextEncoder.from_onnx and "
-                          f"ImageEncoder.from_onnx read those of a model of texts and images, {ALONE}")
+                          f"ImageEncoder.from_onnx read those of a model of texts and images, {PART}, {ALONE}")
         layers.append(layer)
         stream = total
     if not layers[-1].norm_first:
@@ -101,13 +102,25 @@ def read_encoder(graph, nodes, *, arithmetic=None):
 def look_further(encoder, graph, nodes):
     """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens, nor T5's bias."""
     for layer, node in zip(encoder.layers, nodes, strict=True):
-        found = attention_at(graph, node)
-        told, arguments = found.told, layer.attention.arguments
-        if found.added is not None and (bias := relative_bias(graph, found.added)) is not None:
-            told = [text for text in told if ADDED not in text]
-            arguments = {**arguments, "position_bias": bias}
-        layer.attention = dataclasses.replace(layer.attention, told=told, causal=found.causal, window=found.window,
-                                              arguments=arguments)
+        layer.attention = looked_further(layer.attention, graph, node)
+
+
+def of_size(layer):
+    """Take what scores have added, as BEiT's tables of distances in two directions, for images of the graph's size."""
+    if layer.attention.added is not None:
+        layer.attention = dataclasses.replace(
+            layer.attention, told=[text for text in layer.attention.told if ADDED not in text],
+            arguments={**layer.attention.arguments, "position_bias": layer.attention.added})
+
+
+def looked_further(attention, graph, node):
+    """The same with the masks, and T5's bias, that a graph of longer sequences shows."""
+    found = attention_at(graph, node)
+    told, arguments = found.told, attention.arguments
+    if found.added is not None and (bias := relative_bias(graph, found.added)) is not None:
+        told = [text for text in told if ADDED not in text]
+        arguments = {**arguments, "position_bias": bias}
+    return dataclasses.replace(attention, told=told, causal=found.causal, window=found.window, arguments=arguments)
 
 
 def each_its_own(encoder):
@@ -205,13 +218,16 @@ def _norm(graph, start, end, place, *, optional=False):
     found = norm_between(graph, start, end)
     if found is None or not (found or optional):
         raise NotRead(f"{place} there must be a LayerNormalization or RMSNormalization over the features, in one node "
-                      f"or taken apart, with constant weights; got {between(graph, {start}, end)}")
+                      f"or taken apart, with constant weights; got {between(graph, {start}, end)}; {ALONE}")
     return found
 
 
 def _norm_behind(graph, value):
     """(the value that a norm of a value gives, the norm); (the value, ()) where there is none."""
     found = value, ()
+    if any(node.op_type in ("Add", "Sum") and all(graph.constant(name) is None for name in node.input)
+           for node in graph.readers.get(value, ())):
+        return found  # more layers follow, to which the norm belongs: the value is their residual
     for node in itertools.islice(graph.nodes_behind(value), FEW_NODES):
         end = graph.output(node)
         # a mask of ones, as models are read with, makes no other norm of one

@@ -283,6 +283,14 @@ def _gather_nd(attributes, x, indices):
     return x[tuple(np.moveaxis(indices, -1, 0))]
 
 
+def _scatter_nd(attributes, x, indices, updates):
+    if attributes.get("reduction", "none") != "none" or indices.dtype.kind not in "iu":
+        raise ValueError("a ScatterND must have whole numbers and no reduction")
+    x = x.copy()
+    x[tuple(np.moveaxis(indices, -1, 0))] = updates
+    return x
+
+
 def _cumsum(attributes, x, axis):
     axis = int(np.asarray(axis).reshape(-1)[0])
     x = np.flip(x, axis) if attributes.get("reverse") else x
@@ -308,6 +316,7 @@ OTHERS = {
     "Einsum": _einsum,
     "GatherElements": lambda a, x, indices: np.take_along_axis(x, indices, a.get("axis", 0)),
     "GatherND": _gather_nd,
+    "ScatterND": _scatter_nd,
     "LpNormalization": _lp_norm,
     "Range": _range,
     "Trilu": _trilu,

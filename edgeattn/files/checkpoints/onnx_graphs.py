@@ -8,6 +8,8 @@ list of forms that exporters write.
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -16,11 +18,14 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.checks import is_one_of
+from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_encoders import (
     LONG,
+    SHORTER,
     Encoder,
     each_its_own,
     look_further,
+    looked_further,
     read_encoder,
     refuse_positions,
 )
@@ -31,10 +36,11 @@ from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_rows import root_of
 from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape, Values
-from edgeattn.files.paths import reading
+from edgeattn.files.paths import reading, reason
 from edgeattn.hints import FRAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any, SupportsIndex
 
     from numpy.typing import NDArray
@@ -46,6 +52,7 @@ _MOST_RETRIED = 10_000  # nodes: a larger graph is read for one size only
 _QUICK = 256  # nodes around a Softmax that are looked at for products: quantizers stand between all
 _WAVE = 2000  # samples: of 400 and 320 of one and the next frame, as Wav2Vec2 has them, 6 frames
 _FEW, _LONGEST = 4, 4096  # lengths that a graph is tried for, and the longest of them
+_FIRST, _LARGEST_IMAGE = 10, 1024  # tokens in front of patches, and the largest image that a graph is tried for
 
 
 def onnx_weights(
@@ -91,11 +98,16 @@ def onnx_weights(
         queries, keys and values are not of one value, or something else than a linear map follows.
     """
     graphs = open_graph(path_or_model)
+    bound, masks = _padding(graphs)
 
-    def read(*sizes):
-        graph = graphs(*sizes)
+    def read(batch, _=None, *sizes):
+        graph = graphs(batch, bound, *sizes)
         found = attention_at(graph, choose(graph, node))
-        return found, [*found.told, *apart(graph, found)]
+        for longer in _longer(graphs, graph, batch, bound):
+            with contextlib.suppress(NotRead):
+                found = looked_further(found, longer, choose(longer, node))
+                break
+        return found, [*found.told, *_of_padding(graph, masks, [found.node]), *apart(graph, found)]
 
     found, told = read_graph(graphs, read)
     for text in told:
@@ -115,6 +127,35 @@ def apart(graph, found):
                "has no output projection")
 
 
+def _longer(graphs, graph, batch, bound):
+    """Graphs of longer sequences, the longest first; none of one that was traced for a length, or has short tables."""
+    for length in (LONG, *SHORTER) if graph.open_axes else ():
+        with contextlib.suppress(NotRead):
+            yield graphs(batch, bound, length)
+
+
+def _padding(graphs):
+    """(what inputs of a model of texts are taken for, as `text_inputs` says; those that are taken for no padding).
+
+    Causal masks, windows and positions are then constants of their own, not parts of a computed mask.
+    """
+    graph = graphs(2)
+    try:
+        ids, bound = text_inputs(graph)
+    except NotRead:
+        return None, []
+    bound = {name: of for name, of in bound.items() if graph.shapes.get(name) == graph.shapes.get(ids)}
+    return bound, [name for name, of in bound.items() if of((1, 2)).all()]
+
+
+def _of_padding(graph, masks, nodes):
+    """What is to be known of masks of padding that attention nodes are computed of."""
+    nodes = {id(node) for node in nodes}
+    of = [name for name in masks if any(id(node) in nodes for node in graph.nodes_behind(name))]
+    if of:
+        yield f"{', '.join(map(repr, of))[:200]} masks padding; pass key_padding_mask in each call"
+
+
 def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmetic | None:
     """What a QDQ graph is to be read as: a kernel set's name for static int8, None for float32."""
     if not is_one_of(scheme, ("float32", "static")):
@@ -129,11 +170,12 @@ def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmet
     return arithmetic
 
 
-def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Encoder:
+def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None,
+                 nodes: Iterable[SupportsIndex] | None = None) -> Encoder:
     """The encoder layers of an ONNX model, and the norm behind them; `arithmetic` as `kernel_set_of` gives it.
 
-    All attention of the model must be one encoder's. Around it there may be anything, as `onnx_weights` says; what
-    goes into the first layer and what the last one gives are told by their names.
+    All attention of the model must be one encoder's, or that of `nodes`, indices. Around it there may be anything, as
+    `onnx_weights` says; what goes into the first layer and what the last one gives are told by their names.
 
     Raises
     ------
@@ -146,21 +188,34 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
         As `onnx_weights`; and where the model's input and output are not the encoder's.
     """
     graphs = open_graph(path_or_model)
+    bound, masks = _padding(graphs)
+    indices = None if nodes is None else _indices(nodes)
 
-    def read(*sizes):
-        graph = graphs(*sizes)
-        found = read_encoder(graph, attention_nodes(graph), arithmetic=arithmetic)
-        if graph.open_axes:
-            with contextlib.suppress(NotRead):  # of a model that was traced for one length
-                further = graphs(sizes[0], None, LONG)
-                look_further(found, further, attention_nodes(further))
+    def of_layers(graph):
+        found = attention_nodes(graph)
+        if indices is None:
+            return found
+        if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < len(found):
+            raise ValueError(f"nodes must be indices of attention nodes in their order, got {reason(indices)}; "
+                             f"{_listing(graph, found)}")
+        return [found[index] for index in indices]
+
+    def read(batch, _=None, *sizes):
+        graph = graphs(batch, bound, *sizes)
+        layers = of_layers(graph)
+        found = read_encoder(graph, layers, arithmetic=arithmetic)
+        for longer in _longer(graphs, graph, batch, bound):
+            with contextlib.suppress(NotRead):
+                look_further(found, longer, of_layers(longer))
+                break
         refuse_positions(found)
         each_its_own(found)
         ends = {root_of(graph, name) for name in graph.outputs}
-        return found, found.start in graph.inputs and found.end in ends
+        whole = found.start in graph.inputs and found.end in ends
+        return found, whole, list(_of_padding(graph, masks, layers))
 
-    found, whole = read_graph(graphs, read)
-    for told in found.told + ([] if whole else [
+    found, whole, padding = read_graph(graphs, read)
+    for told in found.told + padding + ([] if whole else [
             f"the encoder takes {found.start!r} and gives {found.end!r}; what the model computes before and behind is "
             "not part of it"]):
         warnings.warn(told, stacklevel=3 + FRAMES)
@@ -185,9 +240,9 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
     graphs = open_graph(path_or_model)
     inputs = text_inputs(graphs(2))
 
-    def read(batch, _=None, length=None):
+    def read(batch, _=None, length=None, image=None):
         def graph(bound, at=length):
-            return graphs(batch, bound, at) if at else graphs(batch, bound)
+            return graphs(batch, bound, at, image)
 
         def nodes_of(graph):
             return _of_inputs(graph, inputs[:1])
@@ -240,8 +295,11 @@ def read_graph(graphs, read):
             if len(graphs.nodes) > _MOST_RETRIED:
                 raise
             # of layouts with the length first, too, where it is taken for the batch
-            lengths = _lengths(graphs(2)) if isinstance(error, UnknownShape) else []
-            for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
+            graph = graphs(2)
+            lengths = _lengths(graph) if isinstance(error, UnknownShape) else []
+            images = [(2, None, None, size) for size in _image_sizes(graph)]
+            others = [*((length,) for length in lengths), *((2, None, length) for length in lengths)]
+            for sizes in (*images, (1,), *others):
                 try:
                     return read(*sizes)
                 except ValueError as other:  # of a size whose shapes are known: what stands there is the fault
@@ -264,6 +322,23 @@ def _lengths(graph):
     return list(dict.fromkeys(found))[:_FEW]
 
 
+def _image_sizes(graph):
+    """Sizes of images, where they are open, with as many patches as a table of positions has rows, but for a few."""
+    patches = [node for node in graph.nodes if node.op_type == "Conv" and root_of(graph, node.input[0]) in graph.inputs]
+    shapes = [graph.shapes.get(graph.input(node, 1)) for node in patches]
+    if not graph.open_axes or not patches or shapes[0] is None or len(shapes[0]) != 4:
+        return []
+    features, _, kernel, _ = shapes[0]
+    step = (graph.attributes(patches[0]).get("strides") or [1])[0]
+    gathered = {graph.input(node, 0) for node in graph.nodes if node.op_type == "Gather"}
+    tables = [shape for name, shape in graph.stored_shapes() if shape[-1:] == (features,) and (
+        len(shape) == 3 and shape[0] == 1 or len(shape) == 2 and name in gathered)]
+    sides = [math.isqrt(shape[-2] - first) for shape in tables for first in range(min(_FIRST, shape[-2]))
+             if math.isqrt(shape[-2] - first) ** 2 == shape[-2] - first]
+    sizes = dict.fromkeys((side - 1) * step + kernel for side in sides if side > 1)
+    return [size for size in sizes if size <= _LARGEST_IMAGE][:_FEW]
+
+
 def _load(path_or_model):
     """(model, how its values are read, what to call the model in errors)."""
     try:
@@ -284,7 +359,7 @@ def attention_nodes(graph):
     return [
         node
         for node in graph.nodes
-        if (domain_of(node), node.op_type) in OPERATORS
+        if ((domain_of(node), node.op_type) in OPERATORS and not graph.is_known(graph.input(node, 0)))
         or (node.op_type in ("Softmax", "QLinearSoftmax") and _is_attention(graph, node))
     ]
 
@@ -314,7 +389,25 @@ def _is_attention(graph, node):
                     todo.append(each)
         if not found:
             return False
-    return found
+    return found and not _asks_for_constants(graph, node)
+
+
+def _asks_for_constants(graph, node):
+    """Whether the queries of a Softmax are stored: a head that pools what an encoder gives, as SigLIP's images have."""
+    todo, seen = [graph.input(node, 0)], set()
+    while todo and len(seen) < _QUICK:
+        each = todo.pop()
+        maker = graph.maker.get(each)
+        if each in seen or maker is None or graph.is_known(each):
+            continue
+        seen.add(each)
+        if product(graph, maker) is not None:
+            return False
+        if maker.op_type in ("MatMul", "Einsum", "Gemm"):
+            return graph.is_known(graph.input(maker, 0))
+        if maker.op_type in (*functions.SAME, *functions.LAYOUT, *functions.ELEMENTWISE):
+            todo.extend(name for name in maker.input if name)
+    return False
 
 
 def choose(graph, wanted):
@@ -323,9 +416,7 @@ def choose(graph, wanted):
     if not nodes:
         raise ValueError(f"{graph.source} must hold attention: found no Softmax between two products, and no Attention "
                          "operator")
-    known = ", ".join(f"{index}: {title(node)}" for index, node in enumerate(nodes[:_TOLD]))
-    known += f" and {len(nodes) - _TOLD} more" if len(nodes) > _TOLD else ""
-    known = f"attention nodes of {graph.source}: {known}"
+    known = _listing(graph, nodes)
     if wanted is None:
         chosen = nodes
     elif isinstance(wanted, str):
@@ -338,3 +429,18 @@ def choose(graph, wanted):
         asked = "node must be given" if wanted is None else f"node must be one of these, got {wanted!r}"
         raise ValueError(f"{asked}; {known}")
     return chosen[0]
+
+
+def _indices(nodes):
+    """The indices of attention nodes as a list."""
+    try:
+        return [operator.index(each) for each in nodes]
+    except TypeError:
+        raise TypeError(f"nodes must be indices of attention nodes, as range(6), got {reason(nodes)}") from None
+
+
+def _listing(graph, nodes):
+    """Attention nodes and their indices, as errors tell them."""
+    known = ", ".join(f"{index}: {title(node)}" for index, node in enumerate(nodes[:_TOLD]))
+    return f"attention nodes of {graph.source}: {known}" + (
+        f" and {len(nodes) - _TOLD} more" if len(nodes) > _TOLD else "")

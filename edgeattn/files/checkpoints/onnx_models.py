@@ -10,9 +10,11 @@ from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_encoders import (
     LONG,
+    SHORTER,
     Encoder,
     each_its_own,
     look_further,
+    of_size,
     read_encoder,
     refuse_positions,
 )
@@ -27,6 +29,7 @@ from edgeattn.files.paths import reason
 
 _FEW_TYPES = 16  # a table with as many rows at most is one of token types
 _FEW_VALUES = 24
+_ROWS = ("Unsqueeze", "Squeeze", "Reshape", *functions.SAME)  # what leaves rows in their order
 _LAYOUT = ("Unsqueeze", "Squeeze", "Reshape", "Expand", "Slice", *functions.SAME)
 
 
@@ -80,24 +83,25 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
         value = root_of(graph, found.source)
     value, norm = _norm_above(graph, value)
     text = Text(None, None, None, None, norm, projection, encoder, False)
-    for part, factor in _summands(graph, value):
-        _take(graph, text, part, ids, factor)
+    try:
+        for part, factor in _summands(graph, value):
+            _take(graph, text, part, ids, factor)
+    except NotRead as error:
+        raise NotRead(f"{error}; TransformerEncoder.from_onnx reads the layers alone") from None
     if text.tokens is None:
         raise NotRead(f"the embedding of tokens must be a Gather from a constant table by the input {ids!r}, got none "
                       f"in front of {encoder.start[:100]!r}")
-    longest = LONG if text.positions is None else len(text.positions) - (text.padding_id or -1) - 1
-    try:
-        further = graphs(bound, min(longest, LONG))
-        look_further(text.encoder, further, nodes_of(further))
-        if text.places:
-            node = further.maker[text.places]
-            index = further.constant(node.input[1])
-            if index is None or not _consecutive(index.reshape(-1, index.shape[-1])):
-                raise NotRead(f"{title(node)} must gather by positions one after the other, got another rule in texts "
-                              f"of {min(longest, LONG)} tokens")
-    except NotRead:
+    longest = LONG if text.positions is None else min(len(text.positions) - (text.padding_id or -1) - 1, LONG)
+    errors: list = []
+    for length in (longest, *(n for n in SHORTER if n < longest and text.positions is None)):
+        try:
+            _look_further(text, graphs(bound, length), nodes_of, length)
+            break
+        except NotRead as error:
+            errors.append(error)
+    else:
         if not traced:
-            raise
+            raise errors[0]
     _masks(text)
     text.pooling, text.normalize = _pooling(graphs, bound, encoder.end, ids)
     given = {name: root_of(graph, name) for name in graph.outputs}
@@ -107,6 +111,17 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
                      "pooling of it; what it computes behind is not part of the text encoder, whose encode() pools "
                      "tokens as `pooling` says")
     return text
+
+
+def _look_further(text, graph, nodes_of, length):
+    """Take masks, and how positions are numbered, from the graph of longer texts."""
+    look_further(text.encoder, graph, nodes_of(graph))
+    if text.places:
+        node = graph.maker[text.places]
+        index = graph.constant(node.input[1])
+        if index is None or not _consecutive(index.reshape(-1, index.shape[-1])):
+            raise NotRead(f"{title(node)} must gather by positions one after the other, got another rule in texts "
+                          f"of {length} tokens")
 
 
 def _masks(text):
@@ -186,7 +201,7 @@ def _summands(graph, value):
         node = graph.maker.get(each)
         if node is not None and node.op_type in ("Add", "Sum"):
             todo.extend((name, factor) for name in node.input)
-        elif node is not None and node.op_type in functions.SAME and not graph.is_known(each):
+        elif node is not None and node.op_type in _ROWS and not graph.is_known(each):
             todo.append((node.input[0], factor))
         elif (scaled := _scaled(graph, node)) is not None:
             todo.append((scaled[0], factor * scaled[1]))
@@ -267,7 +282,8 @@ def _take_constant(graph, text, value, factor):
         whole = graph.constant(value)
         if whole.shape[-1] == rows.shape[1]:
             table = np.asarray(whole, np.float32).reshape(-1, rows.shape[1])
-    if graph.open_axes and (len(table) <= len(rows) or (table[:len(rows)] != rows).any()):
+    stored = node is None or node.op_type == "Constant"  # of no other length, in a model that was traced for one
+    if graph.open_axes and (len(table) <= len(rows) and not stored or (table[:len(rows)] != rows).any()):
         raise NotRead(f"{value[:100]!r} must be the first rows of a table of positions")
     return _put(text, "positions", table if factor == 1 else table * factor, value)
 
@@ -284,7 +300,9 @@ def _padding_id(graph, index, ids, entries, place):
 
     def positions(tokens):
         found = computed(graph, index, {ids: tokens})
-        return None if found is None else np.broadcast_to(found, shape)
+        if found is None:
+            return None
+        return found.reshape(shape) if found.size == math.prod(shape) else np.broadcast_to(found, shape)
 
     tokens = np.full(shape, min(entries, 100) - 1, np.int64)
     found = positions(tokens)
@@ -340,6 +358,8 @@ def read_image(graph, nodes, arithmetic=None):
         Naming the node where something else stands than in an image encoder.
     """
     encoder = read_encoder(graph, nodes, arithmetic=arithmetic)
+    for layer in encoder.layers:
+        of_size(layer)
     if encoder.told:
         raise NotRead(f"an image encoder must have no masks, got: {encoder.told[0]}; TransformerEncoder.from_onnx "
                       "reads the layers")

@@ -14,7 +14,7 @@ from edgeattn.files.checkpoints.onnx_codes import further_outputs, rows_read
 from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_outputs import with_bias
-from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, scaled_silu
+from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, multiple_of, scaled_silu
 from edgeattn.files.checkpoints.onnx_projections import is_map_of, linear
 from edgeattn.files.checkpoints.onnx_rows import FEW_NODES, PLAIN, root_of, rows_of, sum_behind
 from edgeattn.files.checkpoints.onnx_values import NotRead
@@ -53,7 +53,8 @@ class Network:
     further: Any  # (channels, offset) of outputs that go on where others end, or None
     whole: str  # the sum with these
     rows: Any  # the row of `source` that each row of `whole` is of
-    steep: float  # what features are multiplied by before a silu, and divided by behind it
+    before: float  # what features are multiplied by to have this activation: of a steeper silu
+    behind: float  # what the graph's values are multiplied by to be those of the activation
 
     def weights(self, graph, leaf):
         """(weight, bias) of a first map."""
@@ -147,15 +148,15 @@ def _network(graph, first, name):
     leaves = _leaves(graph, top, name)
     place = f"{title(graph.maker[first])} and {title(graph.maker[second])}"
     try:
-        activation, value1, value_gate, steep = (
-            ("relu", top, None, 1.0) if list(leaves) == [top] and _clipped(graph, found.source)
+        activation, value1, value_gate, before, behind = (
+            ("relu", top, None, 1.0, 1.0) if list(leaves) == [top] and _clipped(graph, found.source)
             else _activation(graph, top, leaves, place))
     except NotRead:  # of features that are scaled in several ways, as GELU's are, before anything else is done
         lifted = _lifted(graph, leaves)
         if lifted.keys() == leaves.keys():
             raise
         leaves = lifted
-        activation, value1, value_gate, steep = _activation(graph, top, leaves, place)
+        activation, value1, value_gate, before, behind = _activation(graph, top, leaves, place)
     read = {value: rows_read(graph, linear(graph, leaf.map).source).source for value, leaf in leaves.items()}
     sources = {root_of(graph, each) for each in read.values()}
     if len(sources) != 1:
@@ -163,13 +164,13 @@ def _network(graph, first, name):
     source = sources.pop()
     linear1, gate = leaves[value1], leaves.get(value_gate)
     if gate is None:
-        linear1 = linear1.times(steep)
+        linear1 = linear1.times(before)
     else:
-        gate = gate.times(steep)
+        gate = gate.times(before)
     if len(linear1.features) != found.weight.shape[0]:
         raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1.features)} features that come to it, "
                       f"got weights {found.weight.shape}")
-    weight = found.weight.T if steep == 1 else found.weight.T / np.float32(steep)
+    weight = found.weight.T if behind == 1 else found.weight.T / np.float32(behind)
     end, linear2, last = with_bias(graph, second, weight, found.bias)
     ways = [rows_of(graph, read[value], source)[leaf.rows] for value, leaf in leaves.items()]
     if any((way != ways[0]).any() for way in ways):
@@ -177,7 +178,7 @@ def _network(graph, first, name):
     further = further_outputs(graph, end)
     whole, further = (end, None) if further is None else (further[0], further[1:])
     return Network(source, activation, value1, linear1, value_gate, gate, second, linear2, end, further, whole,
-                    ways[0][rows_of(graph, found.source, top)][last], steep)
+                    ways[0][rows_of(graph, found.source, top)][last], before, behind)
 
 
 def next_map(graph, value, name):
@@ -262,9 +263,9 @@ def leaf_of(graph, value, is_map):
 
 
 def _activation(graph, top, leaves, place):
-    """(name, linear1, gate or None, factor) of the activation that a value is of features of maps, by their names.
+    """(name, linear1, gate or None, before, behind) of the activation that a value is of features of maps.
 
-    With a factor it is of that many times the features, and divided by it.
+    These are names of values, and what `Network` has of these names: exporters move numbers to the next map.
     """
     names = {id(leaf): value for value, leaf in leaves.items()}
     parts = list(dict.fromkeys(leaf.part for leaf in leaves.values()))
@@ -288,7 +289,7 @@ def _activation(graph, top, leaves, place):
         raise NotRead(f"between {place} there must be an activation of features, got "
                       f"{between(graph, starts, top)}")
     made = made.reshape(-1, width)
-    tried, steepened = [], None
+    tried, scaled = [], None
     for part in parts:
         other = next((each for each in parts if each != part), None)
         for leaf in (leaf for leaf in leaves.values() if leaf.part == part):
@@ -296,16 +297,16 @@ def _activation(graph, top, leaves, place):
             for beside in [None] if other is None else [leaf for leaf in leaves.values() if leaf.part == other]:
                 by = 1.0 if beside is None else given[other] * beside.factor + beside.offset
                 activation, near = activation_of(made, x, by, half=graph.half)
+                which = (names[id(leaf)], None) if beside is None else (names[id(beside)], names[id(leaf)])
                 if activation is not None:
-                    name = names[id(leaf)]
-                    return (activation, name, None, 1.0) if beside is None else (
-                        activation, names[id(beside)], name, 1.0)
+                    return activation, *which, 1.0, 1.0
                 tried.append(near)
                 if (steep := scaled_silu(made, x, by)) is not None:
-                    steepened = ("silu", names[id(leaf)], None, steep) if beside is None else (
-                        "silu", names[id(beside)], names[id(leaf)], steep)
-    if steepened is not None:
-        return steepened
+                    scaled = "silu", *which, steep, steep
+                elif (found := multiple_of(made, x, by, half=graph.half)) is not None:
+                    scaled = found[0], *which, 1.0, 1 / found[1]
+    if scaled is not None:
+        return scaled
     raise NotRead(f"between {place} there must be gelu, gelu_tanh, relu or silu, times another map or not, in whatever "
                   f"nodes; got {between(graph, starts, top)}: the nearest is {min(tried)[1]}")
 

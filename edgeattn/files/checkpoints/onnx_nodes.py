@@ -32,18 +32,20 @@ class Graph:
         What an open first axis is taken for.
     bound : dict of str to function
         Inputs of the graph that are taken for known, name -> (shape) -> array.
-    length : int
-        What other open axes are taken for.
+    length : int, optional
+        What other open axes are taken for,
+    image : int, optional
+        and those of an image's height and width.
     """
 
-    def __init__(self, model, values, source, batch=_BATCH, bound=None, length=_LENGTH):
+    def __init__(self, model, values, source, batch=_BATCH, bound=None, length=None, image=None):
         if len(model.graph.node) > _MOST_NODES:
             raise NotRead(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = {value.name for value in model.graph.output}
         self.source, self.nodes = source, unfused(model.graph.node, self.outputs)
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
-        self._values, self._batch, self._length = values, batch, length
+        self._values, self._batch, self._length, self._image = values, batch, length or _LENGTH, image or _IMAGE
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.half = any(values.is_half(tensor) for tensor in model.graph.initializer)
         self.maker, self.readers, self.number = {}, {}, {}
@@ -71,6 +73,10 @@ class Graph:
                 self._arrays[name], self._known[name] = array_of(self.shapes[name]), True
         for node in self.nodes:
             self._follow(node)
+
+    def stored_shapes(self):
+        """(name, shape) of each stored value."""
+        return [(name, tuple(tensor.dims)) for name, tensor in self._stored.items()]
 
     def attributes(self, node):
         """The attributes of a node that are asked for, by name."""
@@ -111,7 +117,7 @@ class Graph:
             self.open_axes = True
         if i == axes - 1 and axes < 4 and (width := self._width(name)) is not None:
             return width
-        usual = self._batch if i == 0 else (3 if i == 1 else _IMAGE) if axes == 4 else self._length
+        usual = self._batch if i == 0 else (3 if i == 1 else self._image) if axes == 4 else self._length
         return self._open.setdefault(dim.dim_param, usual) if dim.dim_param else usual
 
     def _width(self, name):
@@ -142,7 +148,7 @@ class Graph:
         """The shapes of a node's outputs, None where they are not known, and whether they can be computed."""
         kind = node.op_type
         known = all(not name or self.is_known(name) for name in node.input)
-        if kind == "Shape":
+        if kind in ("Shape", "Size"):
             known = self.shapes.get(self.input(node, 0)) is not None
         elif (
             kind not in ("Constant", "ConstantOfShape")
@@ -171,6 +177,7 @@ class Graph:
     def is_known(self, name):
         """Whether a value is stored, or computed of these and of shapes."""
         return name in self._stored or self._known.get(name, False)
+
     def is_computed(self, name):
         """Whether a node makes a known value."""
         return name in self.maker and self.is_known(name)
@@ -190,7 +197,7 @@ class Graph:
             if each in self._arrays or each in self._stored or node is None or id(node) in found:
                 continue
             found[id(node)] = node
-            if node.op_type != "Shape":
+            if node.op_type not in ("Shape", "Size"):
                 todo.extend(name for name in node.input if name)
         for node in sorted(found.values(), key=lambda node: self.number[id(node)]):
             for output, array in zip(node.output, self._computed(node), strict=False):
@@ -210,6 +217,8 @@ class Graph:
         if kind == "Shape":
             shape = self.shapes[node.input[0]]
             return [np.array(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)]
+        if kind == "Size":
+            return [np.array(_elements(self.shapes[node.input[0]]), np.int64)]
         inputs = [self._stored_array(name) if name else None for name in node.input]
         if any(array is None and name for array, name in zip(inputs, node.input, strict=True)) or not inputs:
             raise NotRead(f"{title(node)} reads {reason(list(node.input))} before it is computed")
@@ -231,6 +240,8 @@ class Graph:
                 shape = functions.whole_numbers(inputs[0], "a shape")
                 self._spend(_elements(shape))
                 return [np.full(shape, self._values.filled(node))]
+            if kind in ("Identity", "Dropout"):  # of weights that layers share: nothing is copied
+                return [inputs[0]]
             self._spend(max((array.size for array in inputs if array is not None), default=0))
             if (shape := self.shapes.get(self.output(node))) is not None and kind not in functions.LAYOUT:
                 self._spend(_elements(shape))

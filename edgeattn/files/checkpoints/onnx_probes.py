@@ -149,6 +149,16 @@ def scaled_silu(y, x, by=1.0):
     return a
 
 
+def multiple_of(y, x, by=1.0, *, half=False):
+    """(name of an activation, the number that y is it of x times, times `by`); None where there is none."""
+    for name, function in ACTIVATIONS.items():
+        values = function(x) * by
+        number = float(f"{(y * values).sum() / max(float((values * values).sum()), 1e-30):.6g}")
+        if number > 0 and activation_of(y / number, x, by, half=half)[0] == name:
+            return name, number
+    return None
+
+
 def activation_of(y, x, by=1.0, *, half=False):
     """(name of the activation that y is of x, times `by`, None), or (None, how far the nearest is, and its name).
 

@@ -13,6 +13,8 @@ from edgeattn.files.checkpoints.onnx_values import NotRead
 
 _FEW_VALUES = 16  # of a norm of heads
 _NEAR = 1e-4  # of angles, which exporters store in float32 or compute
+_NEAR_HALF, _ROUGH = 1e-2, 0.03  # of cosines, and of angles, in half precision
+_CLEAR, _SUBNORMAL = 1e-3, 4e-6  # angles that tell a base in half precision, and those that have no digits there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +285,8 @@ def _turned(terms, offset, width, place, half_precision):
     """(index, factor, (features turned, base, interleaved)) of a rotary embedding of positions 0, 1, ..."""
     wrong = NotRead(
         f"{place} must be turned as by a rotary embedding, by angles p * base^(-2 i / R) of positions p "
-        "from 0 on, or not at all; got sums of features by another rule" + (
+        "from 0 on, or not at all; got sums of features by another rule, as scaled ones, or those of images in two "
+        "directions (DINOv3, EVA-02), which have no place in a layer" + (
             ", or cosines in half precision, which tell no base: export the float32 model" if half_precision else "")
     )
     length, size = terms[0][0].shape[1:]
@@ -319,14 +322,15 @@ def _turned(terms, offset, width, place, half_precision):
     else:
         raise wrong
     angles = np.arctan2(sines[0, 1, second], cosines[0, 1, second])
-    if (angles <= 0).any():
+    base, near = _base_of(angles), _NEAR
+    if base is None:
         raise wrong
-    base = 1e4 if half < 2 else math.exp(-np.log(angles[1:] / angles[0]).sum() / np.arange(1, half).sum() * half)
-    base = round(base) if abs(base - round(base)) < 1e-2 * base and base > 100 else base
+    if half_precision and (coarse := _coarse_base_of(angles)) is not None:
+        base, near = coarse, _NEAR_HALF
     wanted = np.arange(length)[:, None] * base ** (-np.arange(half) / half)
     for part, sign in ((first, -1), (second, 1)):
-        if not np.allclose(cosines[:, :, part], np.cos(wanted), atol=_NEAR) or not np.allclose(
-            sines[:, :, part], sign * np.sin(wanted), atol=_NEAR
+        if not np.allclose(cosines[:, :, part], np.cos(wanted), atol=near) or not np.allclose(
+            sines[:, :, part], sign * np.sin(wanted), atol=near
         ):
             raise wrong
     # what is added before it turns too: at position 0 it is as it was
@@ -337,6 +341,30 @@ def _turned(terms, offset, width, place, half_precision):
     if not np.allclose(offset, expected, atol=1e-3 * max(1.0, float(np.abs(start).max()))):
         raise wrong
     return index, np.broadcast_to(scale, index.shape), (count, float(base), interleaved)
+
+
+def _base_of(angles):
+    """The base of a rotary embedding that turns position 1 by some angles."""
+    half = len(angles)
+    if (angles <= 0).any():
+        return None
+    base = 1e4 if half < 2 else math.exp(-np.log(angles[1:] / angles[0]).sum() / np.arange(1, half).sum() * half)
+    return round(base) if abs(base - round(base)) < 1e-2 * base and base > 100 else base
+
+
+def _coarse_base_of(angles):
+    """The base of angles in half precision, of two digits as those that models have; None where these do not fit.
+
+    Each angle must be near: of embeddings that are scaled for long texts only the small ones differ.
+    """
+    clear = np.flatnonzero(angles > _CLEAR)
+    if len(clear) < 2 or (clear != np.arange(len(clear))).any():
+        return None
+    half, last = len(angles), int(clear[-1])
+    base = float(f"{math.exp(-np.log(angles[1:last + 1] / angles[0]).sum() / np.arange(1, last + 1).sum() * half):.1e}")
+    wanted = base ** (-np.arange(half) / half)
+    seen = wanted > _SUBNORMAL
+    return base if (np.abs(angles / wanted - 1)[seen] < _ROUGH).all() else None
 
 
 @dataclasses.dataclass

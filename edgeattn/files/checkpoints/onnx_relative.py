@@ -8,6 +8,7 @@ from edgeattn.kinds import class_of
 _DISTANCES = (128, 64, 256, 32, 512, 1024, 16)  # from which on all share a bucket: T5's and MPNet's first
 _MOST_BUCKETS = 1024
 _NEAR = 1e-6
+_FEW_HALF = 0.08  # of pairs: at the ends of buckets logarithms in half precision take the next one
 _ALIKE = 16  # distances that show that all further ones are alike
 
 
@@ -23,7 +24,8 @@ def relative_bias(graph, added):
                 if max_distance <= len(table) // (4 if bidirectional else 2):
                     continue
                 bias = class_of("RelativePositionBias")(table, bidirectional=bidirectional, max_distance=max_distance)
-                if np.abs(bias.rows(0, queries, keys) - added).max() <= _NEAR * max(1.0, float(np.abs(table).max())):
+                apart = np.abs(bias.rows(0, queries, keys) - added) > _NEAR * max(1.0, float(np.abs(table).max()))
+                if apart.mean() <= (_FEW_HALF if graph.half else 0):
                     return bias
     return None if any(_goes_on(table, added) for table in tables) else _of_distances(added)
 

@@ -9,6 +9,7 @@ from edgeattn.files.checkpoints.onnx_values import NotRead
 
 PLAIN = (*functions.SAME, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 FEW_NODES = 24  # that are followed
+ALONE = "MultiHeadAttention.from_onnx(path, node=...) reads attention alone"
 
 
 def root_of(graph, name):
@@ -53,4 +54,4 @@ def sum_behind(graph, value, name):
         value = graph.output(node)
     readers = ", ".join(map(title, graph.readers.get(value, ()))) or "nothing"
     raise NotRead(f"what {name} gives must be added to what it was given, as a residual; got {readers[:300]} behind "
-                  f"{value[:100]!r}")
+                  f"{value[:100]!r}; {ALONE}")

@@ -66,6 +66,8 @@ def shapes_of(graph, node):
         return (len(first[attributes.get("start", 0) : attributes.get("end")]),)
     if first is None:
         return None
+    if kind == "Size":
+        return ()
     if kind == "Gather":
         axis = attributes.get("axis", 0) % len(first)
         return None if shapes[1] is None else first[:axis] + shapes[1] + first[axis + 1 :]

@@ -248,7 +248,28 @@ def _convolution_of_codes(w):
     return w.made
 
 
+def _dynamic_convolution(w):
+    """The Mul that makes reals of the sums of a ConvInteger, as quantize_dynamic writes them: a Conv of reals."""
+    for sums, scales in (list(w.node.input), list(w.node.input)[::-1]) if len(w.node.input) == 2 else ():
+        cast, both = w.maker.get(sums), w.maker.get(scales)
+        if cast is None or cast.op_type != "Cast" or both is None or both.op_type != "Mul":
+            continue
+        convolution = w.maker.get(cast.input[0])
+        if convolution is None or convolution.op_type != "ConvInteger":
+            continue
+        codes = w.maker.get(convolution.input[0])
+        rest = [name for name in both.input if codes is None or name not in codes.output]
+        if codes is None or codes.op_type != "DynamicQuantizeLinear" or len(rest) != 1 or len(both.input) != 2:
+            continue
+        weight = w.add("DequantizeLinear", convolution.input[1], rest[0], *convolution.input[3:4], axis=0)
+        w.add("Conv", codes.input[0], weight, to=w.output(0))
+        w.made[-1].attribute.extend(convolution.attribute)
+        return w.made
+    return [w.node]
+
+
 _WRITERS = {
+    "Mul": _dynamic_convolution,
     "QLinearConcat": _concat_of_codes,
     "QLinearConv": _convolution_of_codes,
     **dict.fromkeys(("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearWhere"), _of_codes),

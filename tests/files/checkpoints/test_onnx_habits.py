@@ -224,21 +224,6 @@ def test_keys_that_are_added_are_refused_as_such():
         MultiHeadAttention.from_onnx(model)
 
 
-def test_rotary_embeddings_in_half_precision_are_refused_as_such():
-    graph = Graph(x=random(B, L, E))
-    angles = np.arange(L)[:, None] * 1e4 ** (-np.arange(2) / 2)
-    cos, sin = (np.float16(of(np.concatenate([angles, angles], 1))) for of in (np.cos, np.sin))
-
-    def turned(x):
-        first, second = graph.add("Split", x, outputs=2, axis=-1, num_outputs=2)
-        return graph.add("Add", graph.add("Mul", x, cos), graph.add("Mul", graph.add("Concat", graph.add("Neg", second), first, axis=-1), sin))
-
-    q, k, v = (graph.split(graph.linear("x", np.float16(random(E, H * 4) + i)), H, 4) for i in range(3))
-    context = attend(graph, turned(q), graph.add("Transpose", turned(k), perm=[0, 1, 3, 2]), v, scale=0.5)
-    with pytest.raises(ValueError, match="cosines in half precision, which tell no base: export the float32 model"):
-        MultiHeadAttention.from_onnx(graph.model(graph.linear(graph.join(context, H * 4), random(H * 4, 8))))
-
-
 def test_scores_with_a_second_product_behind_a_gather_are_refused():
     """DeBERTa's: positions gathered from a product of the queries with a table are no mask of a call's."""
     graph, q, k, v = parts()
