@@ -2,7 +2,7 @@
 
 from edgeattn.runtime.compiler import inline
 
-from .matmul import multiply, multiply_ahead, multiply_row_ahead, pace_ahead, pace_of_row
+from .matmul import multiply, multiply_ahead, multiply_in_chains, pace_ahead
 from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_of_columns, tile_store, tile_zero
 
 DEPTH_STEP = 1
@@ -55,7 +55,6 @@ def linear_ahead(finish, arguments, x, tokens, panels, tiles):
 def row_product(finish, arguments, x, tokens, panels, tiles):
     """Tile by tile; the last ones have as many rows as are left: four, and then three, two or one."""
     bias, at_bias, pace = panels.bias, panels.at_bias, pace_ahead(tokens, ROWS)
-    of_row = pace_of_row(panels.depth4, panels.features) if tokens == 1 else 0
     for f in range(0, panels.features, WIDTH):
         t, at_next = 0, panels.at + (f + WIDTH) * panels.depth4
         while t < tokens:
@@ -79,8 +78,8 @@ def row_product(finish, arguments, x, tokens, panels, tiles):
                 t += 2
             else:
                 tile = tile_of_columns(1, COLUMNS, bias, at_bias + f)
-                tile = multiply_row_ahead(tile, x.data, x.at + t * x.row, x.step, panels.data,
-                                          panels.at + f * panels.depth4, panels.depth4, of_row)
+                tile = multiply_in_chains(tile, x.data, x.at + t * x.row, x.step, panels.data,
+                                          panels.at + f * panels.depth4, panels.depth4)
                 finish(tile, 1, t, f, *arguments)
                 t += 1
 

@@ -20,7 +20,7 @@ from edgeattn.runtime.compiler import NamedTuple, inline, task
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .int8_operands import FLIP
 from .int8_views import Groups
-from .matmul import multiply, multiply_ahead, multiply_row_ahead, pace_ahead, round_up
+from .matmul import multiply, multiply_ahead, multiply_in_chains, pace_ahead, round_up
 from .norm import NO_NORM, normalize_row, read_row
 from .one_row import multiply_row
 from .simd import (
@@ -263,7 +263,7 @@ def multiply_tile_of_row(tile, t, f, m, x, w, out):
     if AS_WORDS:
         multiply_tile(tile, t, f, m, x, w, out, 0, 0)
     else:
-        tile = multiply_row_ahead(tile, m.u, x.at + t * x.groups4, 1, m.weights, w.at + f * x.groups4, x.groups4, 0)
+        tile = multiply_in_chains(tile, m.u, x.at + t * x.groups4, 1, m.weights, w.at + f * x.groups4, x.groups4)
         finish_tile(tile, t, f, m, x, out)
 
 
@@ -321,7 +321,7 @@ def product_rows(m, x, rows, w, features, out, at_wide):
         if rows == 1:
             for f in range(0, features, WIDTH):
                 tile = tile_of_products(1, COLUMNS, m.i, x.at_minus, m.weights, w.at_c + f)
-                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4, 0)
+                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4)
                 finish_tile(tile, 0, f, m, x, out)
             return
         product_of_words(start_sums, finish_sums, (m, x, w, out), Words(m.i, x.at, x.groups4, at_wide), rows,
