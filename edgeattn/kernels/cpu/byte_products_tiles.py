@@ -2,7 +2,7 @@
 
 from edgeattn.runtime.compiler import inline
 
-from .matmul import multiply, multiply_ahead, multiply_row_ahead, pace_ahead, pace_of_row
+from .matmul import multiply, multiply_ahead, multiply_in_chains, pace_ahead
 from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_add_columns, tile_of_columns, tile_store, tile_zero
 
 DEPTH_STEP = 1
@@ -29,10 +29,9 @@ def product_of_rows(step, step_of_row, arguments, rows, features, at_panels, dep
     """step(tile, rows, t, f, at_next, pace, *arguments) for every tile, zeros of the dtype of `like`, of a product.
 
     The last ones have as many rows as are left: four, and then three, two or one, which is step_of_row's. Meanwhile a
-    step brings near what of the panels, which begin at at_panels, lies at at_next: see multiply_ahead; a lone row what
-    lies ahead of it: see multiply_row_ahead.
+    step brings near what of the panels, which begin at at_panels, lies at at_next: see multiply_ahead.
     """
-    pace, pace_alone = pace_ahead(rows, ROWS), pace_of_row(depth4, features) if rows == 1 else 0
+    pace = pace_ahead(rows, ROWS)
     for f in range(0, features, WIDTH):
         t, at_next = 0, at_panels + (f + WIDTH) * depth4
         while t < rows:
@@ -51,7 +50,7 @@ def product_of_rows(step, step_of_row, arguments, rows, features, at_panels, dep
                 step(tile_zero(2, COLUMNS, like), 2, t, f, at_next, 0, *arguments)
                 t += 2
             else:
-                step_of_row(tile_zero(1, COLUMNS, like), 1, t, f, at_next, pace_alone, *arguments)
+                step_of_row(tile_zero(1, COLUMNS, like), 1, t, f, at_next, 0, *arguments)
                 t += 1
 
 
@@ -74,8 +73,8 @@ def _row_step(tile, rows, t, f, at_next, pace, x, panels, finish, arguments):
 @inline
 def _lone_row_step(tile, rows, t, f, at_next, pace, x, panels, finish, arguments):
     tile = tile_add_columns(tile, panels.bias, panels.at_bias + f)
-    tile = multiply_row_ahead(tile, x.data, x.at + t * x.row, x.step, panels.data, panels.at + f * panels.depth4,
-                              panels.depth4, pace)
+    tile = multiply_in_chains(tile, x.data, x.at + t * x.row, x.step, panels.data, panels.at + f * panels.depth4,
+                              panels.depth4)
     finish(tile, 1, t, f, *arguments)
 
 

@@ -7,7 +7,7 @@ from .byte_products_tiles import multiply_near, product_of_rows
 from .dynamic import COLUMNS_APART
 from .dynamic_rows import WORDS
 from .int8_views import Groups
-from .matmul import multiply_row_ahead
+from .matmul import multiply_in_chains
 from .one_row import multiply_row
 from .simd import (
     ADDS_FIRST,
@@ -104,12 +104,12 @@ def multiply_tile(tile, rows, t, f, at_next, pace, m, x, w, out, finish):
 
 @inline
 def multiply_lone_row(tile, rows, t, f, at_next, pace, m, x, w, out, finish):
-    """multiply_tile() of one row, for which nothing is brought near."""
+    """multiply_tile() of one row."""
     if AS_WORDS:
         multiply_tile(tile, rows, t, f, at_next, 0, m, x, w, out, finish)
     else:
         tile, groups4 = tile_add_outer(tile, m.i, x.at_minus + t, m.weights, w.at_c + f), x.groups4
-        tile = multiply_row_ahead(tile, m.u, x.at + t * groups4, 1, m.weights, w.at + f * groups4, groups4, 0)
+        tile = multiply_in_chains(tile, m.u, x.at + t * groups4, 1, m.weights, w.at + f * groups4, groups4)
         finish_tile(tile, t, f, m, x, out, finish)
 
 
@@ -137,7 +137,7 @@ def product_rows(m, x, rows, w, features, out, finish, at_wide):
         if rows == 1:
             for f in range(0, features, WIDTH):
                 tile = tile_of_products(1, COLUMNS, m.i, x.at_minus, m.weights, w.at_c + f)
-                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4, 0)
+                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4)
                 finish_tile(tile, 0, f, m, x, out, finish)
             return
         product_of_words(start_sums, finish_sums, (m, x, w, out, finish), Words(m.i, x.at, x.groups4, at_wide), rows,

@@ -35,9 +35,6 @@ from .simd import (
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 _LINE = 16  # elements of four bytes in a cache line
-# How far on weights are brought near by a lone row, which waits for each of them: near enough that the processor still
-# sees for itself what comes from memory. Less elements than so many lie in the second cache, which needs no hints.
-_ROW_AHEAD, _MANY = 256, 1 << 16
 
 
 @register_jitable
@@ -114,22 +111,12 @@ def pace_ahead(rows, tall):
 
 
 @inline
-def pace_of_row(depth, features):
-    """What a lone row brings near for each depth of a weight (features, depth)."""
-    return WIDTH if depth * features >= _MANY else 0
-
-
-@inline
-def multiply_row_ahead(tile, a, at_a, step, b, at_b, depth, pace):
-    """multiply() of one row of bytes, by two chains of sums, which wait for each other; pace: see pace_of_row."""
+def multiply_in_chains(tile, a, at_a, step, b, at_b, depth):
+    """multiply() of one row of bytes, by two chains of sums: in one, each would wait for the one before."""
     if BY_LANE:
         return multiply(tile, a, at_a, 0, step, b, at_b, depth)
     other = tile_zero(1, COLUMNS, b)
     for k in range(0, depth - 1, 2):
-        if pace > 0:
-            near = pointer_to(address_of(b) + 4 * (at_b + _ROW_AHEAD + k * pace), np.float32)
-            for line in range(0, 2 * WIDTH, _LINE):
-                prefetch_first(near, line)
         tile = outer_product(tile, a, at_a + k * step, 0, b, at_b + k * WIDTH)
         other = outer_product(other, a, at_a + (k + 1) * step, 0, b, at_b + (k + 1) * WIDTH)
     if depth % 2 != 0:

@@ -5,7 +5,7 @@ A row gives the same sums as among others, integers without rounding.
 from edgeattn.runtime.compiler import inline
 
 from .byte_products import linear_ahead
-from .matmul import multiply_row_ahead, pace_of_row
+from .matmul import multiply_in_chains
 from .simd import (
     COLUMNS,
     HALVES_DEPTH,
@@ -20,11 +20,8 @@ _NEAR = 32 * WIDTH  # how far ahead weights are brought near
 
 
 @inline
-def multiply_row(tile, x, panels, at_panel, depth4, pace):
-    """tile (1, COLUMNS) + x w^T of the features of a panel (depth4, WIDTH); x: Groups of one row, unsigned bytes.
-
-    pace: as `multiply_row_ahead` has it.
-    """
+def multiply_row(tile, x, panels, at_panel, depth4):
+    """tile (1, COLUMNS) + x w^T of the features of a panel (depth4, WIDTH); x: Groups of one row, unsigned bytes."""
     if IN_HALVES:
         whole = depth4 // HALVES_DEPTH * HALVES_DEPTH
         for k in range(0, whole, HALVES_DEPTH):
@@ -35,15 +32,14 @@ def multiply_row(tile, x, panels, at_panel, depth4, pace):
         for k in range(whole, depth4):
             tile = add_row_products(tile, 1, x.data, x.at + k * x.step, x.step, panels, at_panel + k * WIDTH)
         return tile
-    return multiply_row_ahead(tile, x.data, x.at, x.step, panels, at_panel, depth4, pace)
+    return multiply_in_chains(tile, x.data, x.at, x.step, panels, at_panel, depth4)
 
 
 @inline
 def row_times_panel(x, panels, f):
     """A tile (1, COLUMNS) of x w^T + bias, the features from f on; panels: BytePanels."""
     tile = tile_of_columns(1, COLUMNS, panels.bias, panels.at_bias + f)
-    return multiply_row(tile, x, panels.data, panels.at + f * panels.depth4, panels.depth4,
-                        pace_of_row(panels.depth4, panels.features))
+    return multiply_row(tile, x, panels.data, panels.at + f * panels.depth4, panels.depth4)
 
 
 @inline
