@@ -36,6 +36,18 @@ def test_close_to_float_with_every_kind_of_mask(options, length):
         assert cosine(layer(x, **masks), dynamic(x, **masks)) > 0.9995
 
 
+@pytest.mark.parametrize("keys", [1, 5, 255, 300, 700])
+@pytest.mark.parametrize("out", [True, False])
+def test_one_query_and_many_keys(out, keys):
+    """A lone query's context is a row, block of keys by block; it has the bits that it has among others."""
+    rng = np.random.default_rng(keys)
+    dynamic = quant.quantize(make(rng, D=32, Dv=32, out=out), scheme="dynamic")
+    x, memory = (rng.standard_normal((2, length, 40)).astype(np.float32) for length in (3, keys))
+    padding = np.arange(keys) < np.array([[keys], [keys // 2 + 1]])
+    for masks in ({}, {"key_padding_mask": padding}):
+        np.testing.assert_array_equal(dynamic(x[:, :1], memory, **masks), dynamic(x, memory, **masks)[:, :1])
+
+
 def test_diffuse_long_rows_keep_their_weight():
     # where static int8 fails: probabilities of 1/2048 are nothing in multiples of 1/256
     rng = np.random.default_rng(0)

@@ -180,7 +180,7 @@ def test_every_small_number_of_tokens(sizes, kind, error):
         np.testing.assert_array_equal(layer(alone, alone, alone, np.zeros((1, L, E), np.float32)), got[1:])
 
 
-@pytest.mark.parametrize("shape", SHAPES + [(1, 3, 700, 8, 2, 1, 64, 64, 8)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES + [(1, 3, 700, 8, 2, 1, 64, 64, 8), (1, 40, 70, 8, 2, 1, 80, 64, 8)], ids=str)
 def test_attention_on_given_arrays(shape):
     B, L, S, _, H, Hkv, D, Dv, _ = shape
     rng = np.random.default_rng(S)
