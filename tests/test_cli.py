@@ -250,7 +250,7 @@ ERRORS = [
     ("export layer.safetensors a.so", "or the board, one of pi3, zero2w, pi4, pi400, pi5, pi500, or be 'native'; it is"),
     ("export unmasked.safetensors a.tflite --sequence-length 9 --key-length 4", "or equal --sequence-length where keys and"),
     ("export plain.safetensors a.tflite --sequence-length 9 --num-heads 4 --prefix b.",
-     "its names are those of --torch-prefix, under the prefixes ['a.']"),
+     "prefix 'b.' fits 0 attention layers in plain.safetensors; prefixes that fit one: ['a.']"),
     ("export layer.safetensors a.so", "quant: --target must name the processor of a .so, one of aarch64, cortex-a53"),
     ("export layer.safetensors a.tflite --sequence-length 9 --target cortex-a72", "--target must be left out but for a .so"),
     ("export layer.safetensors a.safetensors --test-vectors 2", "quant: --test-vectors must be left out but for a .c"),

@@ -145,13 +145,13 @@ class CheckedScores(CheckedGraph):
         other = operator.inputs[1 - position]
         if operator.name == "ADD" and not self.is_constant(other):  # as where it adds 0
             mask = self.of_scores(other, "the mask of ADD")
-            self.check_multiplier(max(before.scale, mask.scale) / float(after.scale), "ADD of the mask")
+            self.check_multiplier(float(max(before.scale, mask.scale)) / float(after.scale), "ADD of the mask")
             return AddMask(np.full((1, 1, 1, 1), mask.zero_point, np.int8), mask, after)
         codes = self.constant(other, np.int8, f"the constant of {operator.name}")
         quantization = self.of_scores(other, f"the constant of {operator.name}")
         if operator.name == "ADD":
-            if max(before.scale, quantization.scale) >= _LARGEST_RATIO * float(after.scale):
-                ratio = max(before.scale, quantization.scale) / float(after.scale)
+            if float(max(before.scale, quantization.scale)) >= _LARGEST_RATIO * float(after.scale):
+                ratio = float(max(before.scale, quantization.scale)) / float(after.scale)
                 raise self.error(f"ADD of the mask {self.tensor(other).name!r} has input scales over output scale of "
                                  f"{ratio:.3g}, on which runtimes end the process: the mask holds minus infinity, or "
                                  "numbers as large. Convert without the mask and pass it to each call, or write it by "
