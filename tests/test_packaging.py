@@ -357,6 +357,22 @@ def test_every_script_that_make_runs_exists():
     assert [name for name in scripts if not (ROOT / name).is_file()] == []
 
 
+def test_tests_that_are_emulated_are_there(monkeypatch):
+    """tools/arm64/run.py names them; one that was moved would be missed only under emulation."""
+    for folder in ("tools", "tools/arm64"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    spec = importlib.util.spec_from_file_location("run_emulated", ROOT / "tools" / "arm64" / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    named = {name.removeprefix("--deselect=") for tests in (run.SHORT, *run.FULL.values()) for some in tests.values()
+             for name in some}
+    assert len(named) > 40
+    for name in named:
+        path, _, function = name.partition("::")
+        assert (ROOT / path).is_file(), name
+        assert f"def {function.partition('[')[0]}" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 # -- the suite itself ------------------------------------------------------------------------------
 
 

@@ -63,6 +63,7 @@ LIBRARIES = (
     "tests/test_alibi.py",
     "tests/test_long_rows.py",
     "tests/test_kv_cache.py",
+    "tests/test_kv_cache_added_keys.py",
     "tests/layers/test_layers.py",
     "tests/kernels/cpu/test_kernels_float32.py::test_float_layer",
     "tests/kernels/cpu/test_decode.py",
@@ -70,8 +71,7 @@ LIBRARIES = (
     f"{INT8}every_rule_set_equals_integer_arithmetic",
     f"{INT8}a_dropped_key_is_not_there",
     f"{STATIC}probabilities_come_with_the_same_bytes",
-    f"{STATIC}chunks_through_a_cache_are_the_whole_bit_for_bit",
-    f"{STATIC}a_cache_gives_the_bytes_of_the_steps",
+    "tests/quantized/test_static_caches.py",
     f"{STATIC}rows_of_many_equal_scores_are_what_the_rules_say",
     # feed-forwards, whole encoders, threads, files
     "tests/kernels/cpu/test_encoder_float32.py",
