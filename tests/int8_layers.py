@@ -34,7 +34,7 @@ SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 6
 ROWS = np.arange(90)[:, None]
 DYNAMIC_CASES = {  # tokens, masks
     "dynamic": (70, {}), "dynamic causal": (70, {"is_causal": True}),
-    "dynamic window, long rows": (600, {"window_size": (333, 2)}),
+    "dynamic, long rows": (600, {}), "dynamic window, long rows": (600, {"window_size": (333, 2)}),
     "dynamic left padding, huge mask": (90, {"attn_mask": np.where(ROWS < 40, -1e9, ROWS.T / 9).astype(np.float32),
                                              "key_padding_mask": ROWS.T >= 37})}
 

@@ -232,7 +232,7 @@ def round_to_int(typing, a):
 
 @intrinsic
 def fraction(typing, a):
-    """v[l] = a[l] - floor(a[l]), rounded to nearest or down"""
+    """v[l] = a[l] - floor(a[l])"""
     return _unary(F32, a, CODE.fraction)
 
 

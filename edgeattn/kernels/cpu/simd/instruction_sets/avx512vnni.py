@@ -1,4 +1,7 @@
-"""AVX-512 with VNNI: sixteen lanes, and instructions for fractions and for powers of two."""
+"""AVX-512 with VNNI: sixteen lanes, and an instruction for powers of two.
+
+That for fractions, VREDUCEPS, rounds down, where others round to nearest: bytes would differ.
+"""
 
 from edgeattn.runtime.compiler import ir
 
@@ -7,7 +10,6 @@ from . import avx2vnni
 
 _EVERY = ir.Constant(emit.i16, -1)
 _CURRENT_ROUNDING = ir.Constant(emit.i32, 4)
-_DOWN, _QUIET = 1, 8  # how a fraction is rounded, and that no exception is raised
 
 
 class Code(avx2vnni.Code):
@@ -20,11 +22,6 @@ class Code(avx2vnni.Code):
     def round_to_int(self, builder, v, result):  # noqa: D102
         return emit.call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", result,
                          [v, ir.Constant(result, None), _EVERY, _CURRENT_ROUNDING])
-
-    def fraction(self, builder, v, result):  # noqa: D102
-        return emit.call(builder, "llvm.x86.avx512.mask.reduce.ps.512", result,
-                         [v, ir.Constant(emit.i32, _QUIET + _DOWN), ir.Constant(result, None), _EVERY,
-                          _CURRENT_ROUNDING])
 
     def scale_by_power(self, builder, value, power):  # noqa: D102
         return emit.call(builder, "llvm.x86.avx512.mask.scalef.ps.512", value.type,
